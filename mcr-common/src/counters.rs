@@ -1,0 +1,99 @@
+//! What the XDP program counts, per CPU.
+
+use crate::parse::Reject;
+
+/// Counters of one rule on one interface. Bytes are UDP payload bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RuleCounters {
+    /// Datagrams of the rule's flows seen on the wire.
+    pub matched: u64,
+    /// Their UDP payload bytes.
+    pub matched_bytes: u64,
+    /// Of these: no worker had a socket on the RX queue; passed to the host.
+    pub no_worker: u64,
+    /// Of these: sent by this relay itself; dropped.
+    pub looped: u64,
+}
+
+/// What became of every frame of an interface. The fields add up to the frames seen.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verdicts {
+    /// Redirected to an AF_XDP socket.
+    pub steered: u64,
+    /// Matched, but no socket on the RX queue; passed.
+    pub no_worker: u64,
+    /// Matched, but sent by this relay; dropped.
+    pub looped: u64,
+    /// Matched by a rule that AF_PACKET serves; passed.
+    pub af_packet: u64,
+    /// Multicast UDP that no rule wants; passed, like all that follow.
+    pub no_rule: u64,
+    /// IPv4 to a unicast or broadcast address.
+    pub not_multicast: u64,
+    /// IPv4 multicast of another protocol (IGMP, PIM, OSPF ...).
+    pub not_udp: u64,
+    /// Another Ethernet type (ARP, IPv6 ...).
+    pub not_ipv4: u64,
+    /// Tagged in the frame's bytes (802.1Q, 802.1ad).
+    pub vlan: u64,
+    /// A fragment of a multicast UDP datagram.
+    pub fragment: u64,
+    /// Multicast UDP with IP options.
+    pub ip_options: u64,
+    /// The frame ends before its headers or the length that they state.
+    pub truncated: u64,
+    /// Lengths or versions that contradict one another.
+    pub malformed: u64,
+    /// The IPv4 header checksum is wrong.
+    pub bad_checksum: u64,
+}
+
+impl Verdicts {
+    /// The counter of a frame that the parser rejects.
+    #[inline(always)]
+    pub const fn rejected(&mut self, reject: Reject) -> &mut u64 {
+        match reject {
+            Reject::NotMulticast => &mut self.not_multicast,
+            Reject::NotUdp => &mut self.not_udp,
+            Reject::NotIpv4 => &mut self.not_ipv4,
+            Reject::Vlan => &mut self.vlan,
+            Reject::Fragment => &mut self.fragment,
+            Reject::IpOptions => &mut self.ip_options,
+            Reject::Truncated => &mut self.truncated,
+            Reject::Malformed => &mut self.malformed,
+            Reject::BadChecksum => &mut self.bad_checksum,
+        }
+    }
+
+    /// Every counter with its name, in the order of the fields.
+    pub const fn named(&self) -> [(&'static str, u64); 14] {
+        [
+            ("steered", self.steered),
+            ("no_worker", self.no_worker),
+            ("looped", self.looped),
+            ("af_packet", self.af_packet),
+            ("no_rule", self.no_rule),
+            ("not_multicast", self.not_multicast),
+            ("not_udp", self.not_udp),
+            ("not_ipv4", self.not_ipv4),
+            ("vlan", self.vlan),
+            ("fragment", self.fragment),
+            ("ip_options", self.ip_options),
+            ("truncated", self.truncated),
+            ("malformed", self.malformed),
+            ("bad_checksum", self.bad_checksum),
+        ]
+    }
+}
+
+const _: () = assert!(size_of::<RuleCounters>() == 4 * 8);
+const _: () = assert!(size_of::<Verdicts>() == 14 * 8);
+
+// SAFETY: repr(C), u64 fields only: no padding, any bit pattern is a value.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for RuleCounters {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Verdicts {}

@@ -1,0 +1,59 @@
+//! The compiled form of a rule's input: what a frame is looked up by, and what is found.
+
+/// An IPv4 flow: (S,G) and port, or (*,G) and port with an all-zero source.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FlowKey4 {
+    /// Source address in network order; zero for any source.
+    pub source: [u8; 4],
+    /// Group address in network order.
+    pub group: [u8; 4],
+    /// UDP destination port in network order.
+    pub port: [u8; 2],
+    /// Zero. Rounds the key to whole words, which hash faster.
+    pub reserved: [u8; 2],
+}
+
+impl FlowKey4 {
+    /// The key of one source's datagrams to a group and port.
+    #[inline(always)]
+    pub const fn source_group(source: [u8; 4], group: [u8; 4], port: [u8; 2]) -> Self {
+        Self { source, group, port, reserved: [0; 2] }
+    }
+
+    /// The key of any source's datagrams to a group and port.
+    #[inline(always)]
+    pub const fn any_source(group: [u8; 4], port: [u8; 2]) -> Self {
+        Self::source_group([0; 4], group, port)
+    }
+}
+
+/// What a flow's datagrams are for.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowValue {
+    /// Slot of the rule, the index of its counters.
+    pub rule: u32,
+    /// One of [`action`].
+    pub action: u32,
+}
+
+/// What the XDP program does with a flow's frames.
+pub mod action {
+    /// Steer into the AF_XDP socket of the RX queue.
+    pub const STEER: u32 = 1;
+    /// Sent by this relay itself: drop, and count as a loop.
+    pub const LOOP: u32 = 2;
+    /// Pass to the host, where an AF_PACKET socket takes it.
+    pub const PASS: u32 = 3;
+}
+
+const _: () = assert!(size_of::<FlowKey4>() == 12 && align_of::<FlowKey4>() == 1);
+const _: () = assert!(size_of::<FlowValue>() == 8 && align_of::<FlowValue>() == 4);
+
+// SAFETY: repr(C) without padding, and any bit pattern is a value.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for FlowKey4 {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for FlowValue {}

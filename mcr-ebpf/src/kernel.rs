@@ -1,0 +1,63 @@
+//! The edge to the kernel, and the only unsafe code of the program: packet memory and map values.
+
+use aya_ebpf::{
+    btf_maps::{HashMap, PerCpuArray},
+    programs::XdpContext,
+};
+use mcr_common::{
+    flow::{FlowKey4, FlowValue},
+    parse::Bytes,
+};
+
+/// A frame in packet memory.
+pub struct Frame {
+    start: usize,
+    end: usize,
+}
+
+impl Frame {
+    #[inline(always)]
+    pub fn new(ctx: &XdpContext) -> Self {
+        Self { start: ctx.data(), end: ctx.data_end() }
+    }
+}
+
+impl Bytes for Frame {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    #[inline(always)]
+    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        if self.start + offset + N > self.end {
+            return None;
+        }
+        // SAFETY: the N bytes lie between data and data_end, as just checked (and as the verifier
+        // checks again); byte arrays have no alignment and no invalid values.
+        Some(unsafe { ((self.start + offset) as *const [u8; N]).read() })
+    }
+}
+
+/// This CPU's value at `index`.
+#[inline(always)]
+pub fn slot<T, const N: usize>(map: &PerCpuArray<T, N>, index: u32) -> Option<&mut T> {
+    let value = map.get_ptr_mut(index)?;
+    // SAFETY: the kernel returned a pointer to a live value of this CPU; the program runs to its end
+    // on this CPU without being entered again, and takes one reference to a value at a time.
+    Some(unsafe { &mut *value })
+}
+
+/// A copy of the value of a flow.
+#[inline(always)]
+pub fn lookup<const N: usize>(map: &HashMap<FlowKey4, FlowValue, N>, key: &FlowKey4) -> Option<FlowValue> {
+    // SAFETY: the value is copied at once. User space replaces values whole and keeps a removed rule's
+    // slot unused until all running programs are through, so that a recycled element is never acted on.
+    unsafe { map.get(key).copied() }
+}
+
+/// Adds to a counter of this CPU.
+#[inline(always)]
+pub fn count(counter: &mut u64, n: u64) {
+    *counter = counter.wrapping_add(n);
+}

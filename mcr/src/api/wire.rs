@@ -1,0 +1,365 @@
+//! The types of the control protocol. Their JSON is stable: fields are added, never renamed or removed
+//! within one [`SCHEMA`].
+//!
+//! Endpoints travel in the form in which a person types them, canonical: `239.1.1.1:5000@eth0,source=192.0.2.7`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the shapes below.
+pub const SCHEMA: u32 = 1;
+
+/// Longest request line, in bytes, newline included.
+pub const MAX_REQUEST_BYTES: usize = 256 * 1024;
+
+/// A call of the control protocol: `method` and `params` of the JSON-RPC request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "method", content = "params", deny_unknown_fields)]
+pub enum Request {
+    #[serde(rename = "ping")]
+    Ping,
+    #[serde(rename = "status")]
+    Status,
+    #[serde(rename = "stop")]
+    Stop,
+    #[serde(rename = "rule.add")]
+    RuleAdd(RuleSpec),
+    #[serde(rename = "rule.set")]
+    RuleSet(RuleChange),
+    #[serde(rename = "rule.remove")]
+    RuleRemove(RuleRef),
+    #[serde(rename = "rule.list")]
+    RuleList,
+    #[serde(rename = "rule.show")]
+    RuleShow(RuleRef),
+    /// One rule's counters, or all.
+    #[serde(rename = "stats")]
+    Stats(StatsQuery),
+    #[serde(rename = "workers")]
+    Workers,
+    #[serde(rename = "log_level.get")]
+    LogLevelGet,
+    #[serde(rename = "log_level.set")]
+    LogLevelSet(LogLevel),
+}
+
+/// A rule to add.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleSpec {
+    /// Given one, derived from the input, if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    #[serde(rename = "in")]
+    pub input: String,
+    #[serde(rename = "out")]
+    pub outputs: Vec<String>,
+    #[serde(default = "auto")]
+    pub datapath: String,
+    /// Other rules may feed the same output.
+    #[serde(default)]
+    pub merge: bool,
+    /// Groups in 224.0.0.0/24 are meant.
+    #[serde(default)]
+    pub link_local: bool,
+}
+
+fn auto() -> String {
+    "auto".to_owned()
+}
+
+/// A change of a rule's outputs or datapath.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleChange {
+    pub name: String,
+    #[serde(default)]
+    pub add_out: Vec<String>,
+    /// By endpoint; options need not be repeated.
+    #[serde(default)]
+    pub del_out: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datapath: Option<String>,
+    #[serde(default)]
+    pub merge: bool,
+    #[serde(default)]
+    pub link_local: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleRef {
+    pub name: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StatsQuery {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
+}
+
+/// `error`, `warn`, `info`, `debug` or `trace`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogLevel {
+    pub level: String,
+}
+
+/// Answer to `ping`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pong {
+    pub schema: u32,
+    pub version: String,
+    pub pid: u32,
+}
+
+/// Answer to `rule.add`, `rule.set` and `rule.remove`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleOutcome {
+    pub schema: u32,
+    pub outcome: Outcome,
+    pub rule: RuleInfo,
+    /// What the operator should know though it was done, a line each.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Added,
+    Changed,
+    Removed,
+    Unchanged,
+}
+
+/// Whether something is at work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Health {
+    /// Relaying, or ready to.
+    Active,
+    /// Waits for something that its `reason` names, and resumes by itself.
+    Pending,
+    /// Something failed that its `reason` names.
+    Failed,
+}
+
+/// A rule as it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleInfo {
+    pub name: String,
+    /// `cli` or `file`.
+    pub origin: String,
+    #[serde(rename = "in")]
+    pub input: String,
+    #[serde(rename = "out")]
+    pub outputs: Vec<OutputInfo>,
+    /// The datapath in use, or absent while there is none.
+    pub datapath: Option<String>,
+    /// The datapath asked for.
+    pub datapath_asked: String,
+    /// Why this datapath, and what of the rule's traffic the host itself still sees.
+    pub datapath_why: String,
+    pub merge: bool,
+    pub link_local: bool,
+    pub health: Health,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputInfo {
+    pub to: String,
+    pub health: Health,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+}
+
+/// Answer to `rule.list`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleList {
+    pub schema: u32,
+    pub rules: Vec<RuleInfo>,
+}
+
+/// Answer to `rule.show`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleShow {
+    pub schema: u32,
+    pub rule: RuleInfo,
+}
+
+/// Answer to `stats`. Counters go on from `since`, across worker restarts; times are RFC 3339 in UTC.
+/// Bytes are UDP payload bytes; rates are over the last second.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stats {
+    pub schema: u32,
+    pub time: String,
+    pub since: String,
+    pub rules: Vec<RuleStats>,
+    pub interfaces: Vec<InterfaceStats>,
+    pub workers: Vec<WorkerInfo>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RuleStats {
+    pub name: String,
+    pub origin: String,
+    pub datapath: Option<String>,
+    #[serde(rename = "in")]
+    pub input: String,
+    /// Datagrams of the rule that were seen on the wire; `matched = received + dropped`, and what is
+    /// lost between the XDP program and a worker is a row of the interface.
+    pub matched: u64,
+    /// Datagrams that the workers took in.
+    pub received: u64,
+    pub received_bytes: u64,
+    pub received_pps: f64,
+    /// Absent until the first datagram.
+    pub last_seen: Option<String>,
+    /// Before any output: `no_worker`, `loop`.
+    pub dropped: BTreeMap<String, u64>,
+    pub outputs: Vec<OutputStats>,
+}
+
+/// `received = sent + dropped`, once nothing is in flight.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OutputStats {
+    pub to: String,
+    /// Datagrams of the rule since this output is one of its outputs.
+    pub received: u64,
+    /// Accepted by the kernel.
+    pub sent: u64,
+    pub sent_bytes: u64,
+    pub sent_pps: f64,
+    /// By reason; reasons without a drop are absent.
+    pub dropped: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStats {
+    pub name: String,
+    /// Frames by the XDP program's verdict, `steered` among them.
+    pub verdicts: BTreeMap<String, u64>,
+    /// Frames that the workers took out of their sockets: `steered = received + dropped`, once nothing
+    /// is in flight.
+    pub received: u64,
+    /// `rx_ring_full`, `fill_ring_empty` and the other losses of the sockets, `worker_died`.
+    pub dropped: BTreeMap<String, u64>,
+    /// Frames received whose rule was gone by then, or that a worker's parser refused.
+    pub discarded: BTreeMap<String, u64>,
+}
+
+/// Answer to `workers`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerList {
+    pub schema: u32,
+    pub workers: Vec<WorkerInfo>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerInfo {
+    /// `INTERFACE/INDEX`.
+    pub id: String,
+    pub interface: String,
+    pub datapath: String,
+    pub queues: Vec<u32>,
+    pub cpu: Option<u32>,
+    /// Absent while it is being restarted.
+    pub pid: Option<u32>,
+    /// `running`, `starting` or `restarting`.
+    pub state: String,
+    pub restarts: u64,
+    /// Why it ended last.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub last_exit: Option<String>,
+    pub received: u64,
+    pub received_pps: f64,
+}
+
+/// Answer to `status`: is it working, what is wrong, what to type next.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    pub schema: u32,
+    pub time: String,
+    pub since: String,
+    pub version: String,
+    pub pid: u32,
+    pub health: Health,
+    pub rules: RuleCounts,
+    pub workers_running: u32,
+    pub workers_total: u32,
+    pub worker_restarts: u64,
+    pub received_pps: f64,
+    pub sent_pps: f64,
+    /// Bits a second of UDP payload, decimal.
+    pub sent_bps: f64,
+    /// All drops of all rules and interfaces, by reason.
+    pub dropped: BTreeMap<String, u64>,
+    /// What is wrong, worst first.
+    pub problems: Vec<Problem>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleCounts {
+    pub total: u32,
+    pub active: u32,
+    pub pending: u32,
+    pub failed: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    pub what: String,
+    /// A command that shows or mends it.
+    pub next: String,
+}
+
+/// Answer to `log_level.get` and `log_level.set`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLevelInfo {
+    pub schema: u32,
+    pub level: String,
+}
+
+/// Answer to `stop`: the daemon has begun to end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopping {
+    pub schema: u32,
+    pub pid: u32,
+}
+
+/// A JSON-RPC error object. `message` is one line for a person.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    pub code: i32,
+    pub message: String,
+}
+
+/// JSON-RPC error codes; those above -32000 are the specification's own.
+pub mod code {
+    pub const PARSE: i32 = -32700;
+    pub const INVALID_REQUEST: i32 = -32600;
+    pub const METHOD_NOT_FOUND: i32 = -32601;
+    pub const INVALID_PARAMS: i32 = -32602;
+    pub const INTERNAL: i32 = -32603;
+    /// The call was understood and refused; nothing was changed.
+    pub const REFUSED: i32 = -32000;
+    /// No rule has the name.
+    pub const UNKNOWN_RULE: i32 = -32001;
+    /// Too many connections; try again.
+    pub const BUSY: i32 = -32002;
+}
+
+impl Error {
+    pub fn refused(message: impl Into<String>) -> Self {
+        Self { code: code::REFUSED, message: message.into() }
+    }
+
+    pub fn unknown_rule(name: &str) -> Self {
+        Self { code: code::UNKNOWN_RULE, message: format!("there is no rule '{name}': see `mcr rule list`") }
+    }
+}
