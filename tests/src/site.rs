@@ -125,9 +125,9 @@ impl Segment {
         bridge.ip(&[
             "link add br0 type bridge mcast_snooping 1 mcast_igmp_version 3 \
              mcast_query_response_interval 10 mcast_last_member_interval 10",
-            &format!("link add src type veth peer name {ETH} netns {}", source.name()),
+            &format!("link add name src type veth peer name {ETH} netns {}", source.name()),
             &format!(
-                "link add relay numrxqueues {queues} numtxqueues {queues} type veth \
+                "link add name relay numrxqueues {queues} numtxqueues {queues} type veth \
                  peer name {interface} numrxqueues {queues} numtxqueues {queues} netns {}",
                 relay.name()
             ),
@@ -229,7 +229,7 @@ impl Sink {
         let interface = format!("out{k}");
         let (relay_address, address) = (Ipv4Addr::new(10, 78, k, 1), Ipv4Addr::new(10, 78, k, 2));
         host.ip(&[
-            &format!("link add {ETH} type veth peer name {interface} netns {}", relay.name()),
+            &format!("link add name {ETH} type veth peer name {interface} netns {}", relay.name()),
             &format!("addr add {address}/24 dev {ETH}"),
             &format!("link set {ETH} up"),
             &format!("route add 224.0.0.0/4 dev {ETH}"),
