@@ -3,6 +3,8 @@
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::AsRawFd,
+    thread,
+    time::{Duration, Instant},
 };
 
 use etherparse::{EtherType, Ethernet2Header, IpNumber, Ipv4Header, UdpHeader};
@@ -126,6 +128,20 @@ impl RawSender {
     pub fn send(&self, frame: &[u8]) {
         let sent = self.socket.send(frame).expect("send a frame");
         assert_eq!(sent, frame.len());
+    }
+
+    /// Sends frames at no more than `rate` a second, and answers how many.
+    #[track_caller]
+    pub fn play(&self, frames: impl IntoIterator<Item = Vec<u8>>, rate: u32) -> u64 {
+        let start = Instant::now();
+        let mut sent = 0;
+        for frame in frames {
+            let due = start + Duration::from_secs(1) * sent / rate;
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            self.send(&frame);
+            sent += 1;
+        }
+        sent.into()
     }
 }
 

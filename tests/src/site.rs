@@ -105,6 +105,25 @@ impl Site {
         &self.segments[0].source
     }
 
+    /// Groups that an interface of the relay host is joined to, ascending, all-hosts left out.
+    #[track_caller]
+    pub fn groups(&self, interface: &str) -> Vec<Ipv4Addr> {
+        let mut here = false;
+        let mut groups = Vec::new();
+        for line in self.relay.proc_net("igmp").lines().skip(1) {
+            if line.starts_with(|c: char| c.is_ascii_digit()) {
+                here = line.split_whitespace().nth(1) == Some(interface);
+            } else if here && let Some(group) = line.split_whitespace().next() {
+                // The kernel prints the address as a number of this machine's byte order.
+                let number = u32::from_str_radix(group, 16).expect("a group in hexadecimal");
+                groups.push(Ipv4Addr::from(number.to_ne_bytes()));
+            }
+        }
+        groups.retain(|group| *group != Ipv4Addr::new(224, 0, 0, 1));
+        groups.sort_unstable();
+        groups
+    }
+
     /// Captures at the end of an egress link.
     #[track_caller]
     pub fn capture(&self, sink: usize) -> Capture {
@@ -199,8 +218,14 @@ impl Segment {
     /// Waits until the bridge sends the group to the relay.
     #[track_caller]
     pub fn wait_until_joined(&self, group: Ipv4Addr) {
+        self.wait_until_port_joined("relay", group);
+    }
+
+    /// Waits until the bridge sends the group to one of its ports.
+    #[track_caller]
+    pub fn wait_until_port_joined(&self, port: &str, group: Ipv4Addr) {
         wait_until(&format!("the bridge's entry of {group} appears"), PATIENCE, || {
-            self.joined().iter().any(|(joined, _)| *joined == group)
+            self.joined_on(port).iter().any(|(joined, _)| *joined == group)
         });
     }
 
@@ -216,9 +241,7 @@ impl Segment {
     #[track_caller]
     pub fn join_at_source(&self, group: Ipv4Addr) -> Membership {
         let membership = Membership::join(&self.source, ETH, group);
-        wait_until(&format!("the bridge's entry of {group} appears"), PATIENCE, || {
-            self.joined_on("src").iter().any(|(joined, _)| *joined == group)
-        });
+        self.wait_until_port_joined("src", group);
         membership
     }
 }
