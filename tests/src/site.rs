@@ -195,7 +195,7 @@ impl Segment {
         self.wait_until_left(*PROBE.ip());
     }
 
-    /// The groups that the relay's port of the bridge is joined to, by source if there is one.
+    /// The groups that the relay's port of the bridge is joined to: for any source, or for one.
     #[track_caller]
     pub fn joined(&self) -> Vec<(Ipv4Addr, Option<Ipv4Addr>)> {
         self.joined_on("relay")
@@ -203,29 +203,42 @@ impl Segment {
 
     #[track_caller]
     fn joined_on(&self, port: &str) -> Vec<(Ipv4Addr, Option<Ipv4Addr>)> {
-        let shown = self.bridge.json("bridge", &["-j", "mdb", "show"]);
+        let shown = self.bridge.json("bridge", &["-j", "-d", "mdb", "show"]);
         let entries = shown.pointer("/0/mdb").and_then(|mdb| mdb.as_array().cloned()).unwrap_or_default();
         entries
             .iter()
             .filter(|entry| entry["port"] == port)
             .filter_map(|entry| {
                 let address = |key: &str| entry[key].as_str().and_then(|text| text.parse().ok());
-                Some((address("grp")?, address("src")))
+                let source = address("src");
+                // A group of which some sources are joined has an entry of its own, which forwards nothing.
+                let blocked =
+                    entry["flags"].as_array().is_some_and(|flags| flags.contains(&"blocked".into()));
+                let forwards = !blocked && (source.is_some() || entry["filter_mode"] != "include");
+                forwards.then_some((address("grp")?, source))
             })
             .collect()
     }
 
-    /// Waits until the bridge sends the group to the relay.
+    /// Waits until the bridge sends the group to the relay, whoever its source.
     #[track_caller]
     pub fn wait_until_joined(&self, group: Ipv4Addr) {
         self.wait_until_port_joined("relay", group);
+    }
+
+    /// Waits until the bridge sends one source's datagrams to a group to the relay.
+    #[track_caller]
+    pub fn wait_until_source_joined(&self, group: Ipv4Addr, source: Ipv4Addr) {
+        wait_until(&format!("the bridge's entry of {source} to {group} appears"), PATIENCE, || {
+            self.joined().contains(&(group, Some(source)))
+        });
     }
 
     /// Waits until the bridge sends the group to one of its ports.
     #[track_caller]
     pub fn wait_until_port_joined(&self, port: &str, group: Ipv4Addr) {
         wait_until(&format!("the bridge's entry of {group} appears"), PATIENCE, || {
-            self.joined_on(port).iter().any(|(joined, _)| *joined == group)
+            self.joined_on(port).contains(&(group, None))
         });
     }
 
@@ -272,6 +285,17 @@ pub struct Membership {
 }
 
 impl Membership {
+    /// Joins one source's datagrams to a group, on the interface with this address.
+    #[track_caller]
+    pub fn join_source(namespace: &Namespace, address: Ipv4Addr, group: Ipv4Addr, source: Ipv4Addr) -> Self {
+        let socket = namespace.run(|| {
+            let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP)).expect("UDP socket");
+            socket.join_ssm_v4(&source, &group, &address).expect("join");
+            socket
+        });
+        Self { _socket: socket }
+    }
+
     #[track_caller]
     pub fn join(namespace: &Namespace, interface: &str, group: Ipv4Addr) -> Self {
         let socket = namespace.run(|| {

@@ -80,6 +80,15 @@ impl Receiver {
         self.finish()
     }
 
+    /// As [`Self::stop`], where it is to find fault: it ends with 1 and prints its summary all the same.
+    #[track_caller]
+    pub fn stop_faulted(self) -> Received {
+        self.process.signal(Signal::SIGINT);
+        let answer = self.process.answer(Duration::from_secs(60));
+        assert_eq!(answer.status, 1, "{answer}");
+        Received { json: serde_json::from_str(&answer.stdout).unwrap_or_else(|_| panic!("{answer}")) }
+    }
+
     /// Waits for its own end, by `--count` or `--seconds`.
     #[track_caller]
     pub fn finish(self) -> Received {

@@ -23,10 +23,19 @@ fn check(relay: &Relay, call: &[&str], words: &[&str]) {
     assert_eq!(rules(), before, "{answer}");
 }
 
+/// As [`check`], of what is refused before a daemon is asked: there is none here.
+#[track_caller]
+fn check_alone(call: &[&str], words: &[&str]) {
+    let mut command = std::process::Command::new(binary());
+    let answer = Process::spawn(command.args(call).env("MCR_CONTROL", "/nonexistent/mcr.sock")).answer(CALL);
+    let line = answer.refused(1);
+    for word in words {
+        assert!(line.contains(word), "no '{word}' in the line: {answer}");
+    }
+}
+
 #[test]
 fn what_is_no_input_is_refused_with_what_was_meant() {
-    let site = Site::default();
-    let relay = Relay::start(&site);
     for (input, words) in [
         ("", &[][..]),
         ("udp://@239.1.1.1:5000", &["239.1.1.1:5000@INTERFACE"]),
@@ -60,14 +69,12 @@ fn what_is_no_input_is_refused_with_what_was_meant() {
         ("239.1.1.1:5000@in0,source=10.0.0.1,source=10.0.0.2", &["source"]),
         ("239.1.1.1:5000@in0\nERROR all is lost", &[]),
     ] {
-        check(&relay, &["rule", "add", "cam1", "--in", input, "--out", OUTPUT], words);
+        check_alone(&["rule", "add", "cam1", "--in", input, "--out", OUTPUT], words);
     }
 }
 
 #[test]
 fn what_is_no_output_is_refused_with_what_was_meant() {
-    let site = Site::default();
-    let relay = Relay::start(&site);
     for (output, words) in [
         ("", &[][..]),
         ("udp://239.2.2.2:6000", &["239.2.2.2:6000@INTERFACE"]),
@@ -91,19 +98,18 @@ fn what_is_no_output_is_refused_with_what_was_meant() {
         ("239.2.2.2:6000@out0,tll=4", &["tll"]),
         ("239.2.2.2:6000@out0,ttl=4,ttl=5", &["ttl"]),
     ] {
-        check(&relay, &["rule", "add", "cam1", "--in", INPUT, "--out", output], words);
-        check(&relay, &["rule", "add", "cam1", "--in", INPUT, "--out", OUTPUT, "--out", output], words);
+        check_alone(&["rule", "add", "cam1", "--in", INPUT, "--out", output], words);
+        check_alone(&["rule", "add", "cam1", "--in", INPUT, "--out", OUTPUT, "--out", output], words);
+        check_alone(&["rule", "set", "cam1", "--add-out", output], words);
     }
 }
 
 #[test]
 fn what_is_no_name_is_refused() {
-    let site = Site::default();
-    let relay = Relay::start(&site);
     for name in ["", "1cam", "-", "cam/1", "cam 1", "cäm", "../cam", &"c".repeat(64)] {
-        check(&relay, &["rule", "add", "--in", INPUT, "--out", OUTPUT, "--", name], &["name"]);
+        check_alone(&["rule", "add", "--in", INPUT, "--out", OUTPUT, "--", name], &["name"]);
+        check_alone(&["rule", "remove", "--", name], &["name"]);
     }
-    relay.add(&"c".repeat(63), INPUT, &[OUTPUT]);
 }
 
 #[test]
@@ -190,8 +196,6 @@ fn an_interface_without_native_xdp_is_refused_where_af_xdp_was_asked_for() {
 
 #[test]
 fn wrong_usage_is_2() {
-    let site = Site::default();
-    let relay = Relay::start(&site);
     for call in [
         &[][..],
         &["frobnicate"],
@@ -210,7 +214,7 @@ fn wrong_usage_is_2() {
         &["gen", "239.1.1.1:5000@in0"],
         &["recv"],
     ] {
-        let answer = relay.cli(call);
+        let answer = Process::spawn(std::process::Command::new(binary()).args(call)).answer(CALL);
         assert_eq!((answer.status, answer.stdout.as_str()), (2, ""), "{answer}");
         assert!(!answer.stderr.is_empty(), "{answer}");
     }

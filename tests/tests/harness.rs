@@ -1,6 +1,12 @@
 //! The harness itself: what the other tests take for granted.
 
-use std::{net::SocketAddrV4, panic, path::Path, process::Command, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    panic,
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use tests::{
     Capture, Namespace, Process, RawSender, Scratch, Site, Source, Udp,
@@ -11,7 +17,7 @@ use tests::{
     wait_until,
 };
 
-const GROUP: SocketAddrV4 = SocketAddrV4::new(std::net::Ipv4Addr::new(239, 1, 1, 1), 5000);
+const GROUP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 1), 5000);
 
 #[test]
 fn the_bridge_sends_a_group_to_the_relay_while_it_is_joined() {
@@ -27,6 +33,31 @@ fn the_bridge_sends_a_group_to_the_relay_while_it_is_joined() {
     segment.wait_until_left(*GROUP.ip());
     Source::play(&segment.source, Stream { count: 500, ..Stream::to(GROUP) });
     assert_eq!(capture.count(GROUP), 2_000);
+}
+
+#[test]
+fn the_bridge_knows_the_source_that_the_relay_joined() {
+    let site = Site::default();
+    let segment = &site.segments[0];
+    let (address, group) = (segment.relay_address, *GROUP.ip());
+    let source = |host| Ipv4Addr::new(10, 77, 0, host);
+    let first = Membership::join_source(&site.relay, address, group, source(2));
+    let second = Membership::join_source(&site.relay, address, group, source(3));
+    let joined = |host| segment.joined().contains(&(group, Some(source(host))));
+    wait_until("the bridge knows both", Duration::from_secs(5), || joined(2) && joined(3));
+    assert_eq!(segment.joined().len(), 2);
+    assert_eq!(site.groups("in0"), [group]);
+    drop(first);
+    wait_until("the bridge forgets the first", Duration::from_secs(5), || !joined(2));
+    assert!(joined(3));
+    let any = Membership::join(&site.relay, "in0", group);
+    segment.wait_until_joined(group);
+    let mut capture = Capture::start(&site.relay, "in0");
+    Source::play(&segment.source, Stream { count: 500, ..Stream::to(GROUP) });
+    assert_sequence(&capture.exactly(GROUP, 500), 0..500);
+    drop((second, any));
+    segment.wait_until_left(group);
+    assert!(site.groups("in0").is_empty());
 }
 
 #[test]
@@ -135,7 +166,16 @@ fn a_stranger_can_hold_the_xdp_slot() {
     let foreign = ForeignXdp::attach(&site.relay, "in0");
     let links = site.relay.json("ip", &["-j", "-d", "link", "show", "in0"]);
     assert_eq!(links[0]["xdp"]["prog"]["id"], foreign.id);
+    let net = site.relay.json("bpftool", &["-j", "net"]);
+    assert_eq!(
+        (&net[0]["xdp"][0]["devname"], &net[0]["xdp"][0]["mode"], &net[0]["xdp"][0]["id"]),
+        (&"in0".into(), &"driver".into(), &foreign.id.into())
+    );
+    let program = site.relay.json("bpftool", &["-j", "prog", "show", "id", &foreign.id.to_string()]);
+    assert_eq!(program["name"], bpf::FOREIGN_NAME);
     drop(foreign);
+    let net = site.relay.json("bpftool", &["-j", "net"]);
+    assert_eq!(net[0]["xdp"], serde_json::json!([]));
     let links = site.relay.json("ip", &["-j", "-d", "link", "show", "in0"]);
     assert!(links[0]["xdp"].is_null());
 }

@@ -30,8 +30,8 @@ fn a_rule_for_one_source_joins_that_source() {
     let segment = &site.segments[0];
     let relay = Relay::start(&site);
     relay.add("one", "239.1.1.1:5000@in0,source=10.77.0.2", &["239.2.2.2:6000@out0"]);
-    let one = (GROUP, Some(Ipv4Addr::new(10, 77, 0, 2)));
-    wait_until("the bridge knows the source", tests::wait::PATIENCE, || segment.joined().contains(&one));
+    segment.wait_until_source_joined(GROUP, Ipv4Addr::new(10, 77, 0, 2));
+    assert_eq!(segment.joined().len(), 1, "no other source is joined");
     relay.add("rest", "239.1.1.1:5000@in0", &["239.2.2.3:6000@out0"]);
     relay.remove("rest");
     relay.remove("one");

@@ -142,3 +142,42 @@ fn what_a_stream_is_doing_is_on_every_screen() {
     relay.cli(&["log-level", "set", "debug"]).ok();
     assert_eq!(relay.json::<mcr::api::wire::LogLevelInfo>(&["log-level", "get"]).level, "debug");
 }
+
+#[test]
+fn a_rule_for_any_source_comes_and_goes_beside_one_for_a_source() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    let source_address = site.segments[0].source_address;
+    relay.add("one", "239.1.1.1:5000@in0,source=10.77.0.2", &["239.2.2.2:6000@out0"]);
+    site.segments[0].wait_until_source_joined(*GROUP.ip(), source_address);
+    let mut sink = site.capture(0);
+    let source = Source::start(site.source(), Stream::to(GROUP));
+    for _ in 0..3 {
+        relay.add("rest", "239.1.1.1:5000@in0", &["239.2.2.3:6000@out1"]);
+        source.wait_for_more(300);
+        relay.remove("rest");
+        source.wait_for_more(300);
+    }
+    let sent = source.stop();
+    assert_eq!(relay.balanced("one", sent).outputs[0].sent, sent);
+    assert_sequence(&sink.exactly(OUTPUT, sent as usize), 0..sent);
+}
+
+#[test]
+fn a_rule_for_a_source_takes_its_stream_over_without_loss() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    relay.add("rest", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let (mut sink0, mut sink1) = (site.capture(0), site.capture(1));
+    let source = Source::start(site.source(), Stream { rate: 10_000, ..Stream::to(GROUP) });
+    source.wait_for_more(1_000);
+    relay.add("one", "239.1.1.1:5000@in0,source=10.77.0.2", &["239.2.2.3:6000@out1"]);
+    source.wait_for_more(1_000);
+    let sent = source.stop();
+    let (rest, one) = (relay.rule("rest").matched, sent - relay.rule("rest").matched);
+    assert_eq!(relay.balanced("rest", rest).outputs[0].sent, rest);
+    assert_eq!(relay.balanced("one", one).outputs[0].sent, one);
+    assert_sequence(&sink0.exactly(OUTPUT, rest as usize), 0..rest);
+    assert_sequence(&sink1.exactly("239.2.2.3:6000".parse().unwrap(), one as usize), rest..sent);
+}
