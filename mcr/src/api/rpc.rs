@@ -181,7 +181,7 @@ mod tests {
         ];
         for request in requests {
             let line = request_line(7, &request).unwrap();
-            assert_eq!(line.iter().filter(|&&byte| byte == b'\n').count(), 1);
+            assert_eq!(line.iter().position(|&byte| byte == b'\n'), Some(line.len() - 1));
             assert_eq!(parse(&line), Incoming::Call { id: json!(7), request });
         }
     }
