@@ -63,9 +63,15 @@ struct Sample {
 }
 
 /// Rates of one kind of counter.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Rates<K> {
     samples: HashMap<K, Sample>,
+}
+
+impl<K> Default for Rates<K> {
+    fn default() -> Self {
+        Self { samples: HashMap::new() }
+    }
 }
 
 impl<K: std::hash::Hash + Eq> Rates<K> {
@@ -95,7 +101,7 @@ pub struct Books {
     sampled: Instant,
     pub rule_rates: Rates<RuleSlot>,
     pub output_rates: Rates<OutputSlot>,
-    pub output_byte_rates: Rates<(OutputSlot,)>,
+    pub output_byte_rates: Rates<OutputSlot>,
     pub worker_rates: Rates<WorkerId>,
 }
 
@@ -135,13 +141,14 @@ impl Books {
     /// Starts the counters of a new rule, and of outputs that are new in it, at zero.
     pub fn open(&mut self, entry: &Entry, new_rule: bool, new_outputs: &[OutputSlot], programs: &Programs) {
         if new_rule {
-            self.rule_bases.insert(entry.slot, self.raw_rule(entry.slot, &entry.rule.input.interface, programs));
+            self.rule_bases
+                .insert(entry.slot, self.raw_rule(entry.slot, &entry.rule.input.interface, programs));
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
             self.output_bases.insert(*slot, self.raw_output(*slot));
             self.output_rates.samples.remove(slot);
-            self.output_byte_rates.samples.remove(&(*slot,));
+            self.output_byte_rates.samples.remove(slot);
         }
     }
 
@@ -286,12 +293,13 @@ impl Books {
         let seconds = self.sampled.elapsed().as_secs_f64();
         self.sampled = Instant::now();
         for entry in state.rules().iter() {
-            let received = self.ledgers.values().map(|(ledger, _)| ledger.rule(entry.slot).received.get()).sum();
+            let received =
+                self.ledgers.values().map(|(ledger, _)| ledger.rule(entry.slot).received.get()).sum();
             self.rule_rates.sample(entry.slot, received, seconds);
             for slot in &entry.output_slots {
                 let totals = self.raw_output(*slot);
                 self.output_rates.sample(*slot, totals.sent, seconds);
-                self.output_byte_rates.sample((*slot,), totals.sent_bytes, seconds);
+                self.output_byte_rates.sample(*slot, totals.sent_bytes, seconds);
             }
         }
         let received: Vec<_> = self.ledgers.keys().map(|id| (id.clone(), self.worker_received(id))).collect();

@@ -73,7 +73,9 @@ impl WorkerProcess {
         }
         let (end, ended) = watch::channel(false);
         tokio::spawn(watch_end(id.clone(), child, end, events));
-        let socket = AsyncFd::new(ours)?;
+        // SAFETY: the descriptor is owned by the AsyncFd alone and always answers the same.
+        let socket =
+            unsafe { AsyncFd::register(ours) }.map_err(|error| WorkerError::Spawn(error.into_parts().1))?;
         Ok(Self { pid, socket, buffer: vec![0; MAX_PACKET_BYTES], sequence: 0, ended })
     }
 
@@ -82,7 +84,9 @@ impl WorkerProcess {
         self.send(&Command::Setup(setup), &[ledger]).await?;
         match self.answer().await? {
             (Report::Ready, sockets) => Ok(sockets),
-            (report, _) => Err(WorkerError::Failed { why: format!("the worker answered {report:?} to its set-up") }),
+            (report, _) => {
+                Err(WorkerError::Failed { why: format!("the worker answered {report:?} to its set-up") })
+            }
         }
     }
 
@@ -188,7 +192,12 @@ impl WorkerProcess {
 }
 
 /// Tells the supervisor when the worker has ended, and reaps it.
-async fn watch_end(id: WorkerId, mut child: Child, end: watch::Sender<bool>, events: mpsc::UnboundedSender<Event>) {
+async fn watch_end(
+    id: WorkerId,
+    mut child: Child,
+    end: watch::Sender<bool>,
+    events: mpsc::UnboundedSender<Event>,
+) {
     let started = Instant::now();
     let why = match child.wait().await {
         Ok(status) => describe(status),
