@@ -9,4 +9,5 @@ pub mod rule;
 pub mod ruleset;
 pub mod supervisor;
 pub mod sys;
+pub mod traffic;
 pub mod worker;

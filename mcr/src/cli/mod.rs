@@ -1,7 +1,9 @@
 //! The command line: typed arguments, one file per noun, output as table or JSON.
 
+mod generate;
 mod log_level;
 mod ping;
+mod receive;
 mod remote;
 mod rule;
 mod run;
@@ -9,6 +11,7 @@ mod stats;
 mod status;
 mod stop;
 mod text;
+mod traffic;
 mod worker;
 mod workers;
 
@@ -39,6 +42,8 @@ enum Command {
     Ping(ping::Args),
     LogLevel(log_level::Args),
     Stop(stop::Args),
+    Gen(generate::Args),
+    Recv(receive::Args),
     #[command(hide = true)]
     Worker(worker::Args),
 }
@@ -47,21 +52,21 @@ enum Command {
 ///
 /// Exit status: 0 done, 1 refused or failed, 2 usage, 3 no daemon on the socket.
 pub fn main() -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
     let outcome = match Cli::parse().command {
-        Command::Run(args) => args.run(),
-        Command::Rule(args) => args.run(),
-        Command::Status(args) => args.run(),
-        Command::Stats(args) => args.run(),
-        Command::Workers(args) => args.run(),
-        Command::Ping(args) => args.run(),
-        Command::LogLevel(args) => args.run(),
-        Command::Stop(args) => args.run(),
-        Command::Worker(args) => args.run(),
+        Command::Run(args) => args.run().map(done),
+        Command::Rule(args) => args.run().map(done),
+        Command::Status(args) => args.run().map(done),
+        Command::Stats(args) => args.run().map(done),
+        Command::Workers(args) => args.run().map(done),
+        Command::Ping(args) => args.run().map(done),
+        Command::LogLevel(args) => args.run().map(done),
+        Command::Stop(args) => args.run().map(done),
+        Command::Gen(args) => generate::run(&args),
+        Command::Recv(args) => receive::run(&args),
+        Command::Worker(args) => args.run().map(done),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => report(&error),
-    }
+    outcome.unwrap_or_else(|error| report(&error))
 }
 
 /// Says what went wrong in one line on stderr, and gives the exit status that goes with it.

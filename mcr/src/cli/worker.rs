@@ -4,7 +4,6 @@
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Interface and place of the worker, for `ps`.
-    #[expect(dead_code, reason = "shown by `ps`; the worker hears all else from the supervisor")]
     id: String,
 }
 
