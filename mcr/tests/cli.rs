@@ -3,8 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
-    fs::{self, Permissions},
+    fs::{self, File, Permissions},
     io::{BufRead, BufReader, Write},
+    os::fd::AsRawFd,
     os::unix::{fs::PermissionsExt, net::UnixListener, process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -137,12 +138,11 @@ fn a_socket_that_is_not_ours_is_refused_and_named() {
     fs::set_permissions(&dir.0, Permissions::from_mode(0o755)).unwrap();
     let _listener = UnixListener::bind(dir.socket()).unwrap();
     fs::set_permissions(dir.socket(), Permissions::from_mode(0o000)).unwrap();
+    let binary = File::open(env!("CARGO_BIN_EXE_mcr")).unwrap();
     let mut command = mcr(&dir.socket(), "ping");
     if nix::unistd::geteuid().is_root() {
-        // Root may do anything: be someone else, from a copy, since the build directory may be closed to them.
-        let copy = dir.0.join("mcr");
-        fs::copy(env!("CARGO_BIN_EXE_mcr"), &copy).unwrap();
-        command = Command::new(copy);
+        // Root may do anything: be someone else, who may not be able to walk to the build directory.
+        command = Command::new(format!("/proc/self/fd/{}", binary.as_raw_fd()));
         command.arg("ping").env("MCR_CONTROL", dir.socket()).uid(65534).gid(65534);
     }
     let line = refused(&mut command, 1);
