@@ -173,17 +173,17 @@ impl Steering {
             interface: interface.clone(),
             source: io::Error::other("the kernel offers no XDP links (Linux 5.9 has them)"),
         })?;
-        Self::pin(ebpf, link, placement.pins.clone()).map_err(|(path, why)| {
+        Self::pin(ebpf, link, &placement.pins).map_err(|(path, why)| {
             clear_pins(&placement.pins);
             AttachError::Pin { path, why }
         })
     }
 
-    fn pin(mut ebpf: Ebpf, link: FdLink, pins: PathBuf) -> Result<Self, (PathBuf, String)> {
+    fn pin(mut ebpf: Ebpf, link: FdLink, pins: &Path) -> Result<Self, (PathBuf, String)> {
         let at = |name: &str| pins.join(name);
         let failed = |name: &str, error: &dyn std::error::Error| (at(name), error.to_string());
-        clear_pins(&pins);
-        fs::create_dir_all(&pins).map_err(|error| (pins.clone(), error.to_string()))?;
+        clear_pins(pins);
+        fs::create_dir_all(pins).map_err(|error| (pins.to_owned(), error.to_string()))?;
         let program = xdp(&mut ebpf).map_err(|error| failed("program", &error))?;
         program.pin(at("program")).map_err(|error| failed("program", &error))?;
         let link = link.pin(at("link")).map_err(|error| failed("link", &error))?;
@@ -202,7 +202,7 @@ impl Steering {
             queues: take(map::QUEUES)?.try_into().map_err(|error| shape(map::QUEUES, error))?,
             ebpf,
             link: Some(link),
-            pins: pins.clone(),
+            pins: pins.to_owned(),
         })
     }
 

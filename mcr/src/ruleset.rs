@@ -95,10 +95,27 @@ impl Slots {
         Self { taken: vec![false; limit as usize] }
     }
 
-    fn take(&mut self) -> Option<u32> {
-        let slot = self.taken.iter().position(|taken| !taken)?;
-        self.taken[slot] = true;
-        Some(slot as u32)
+    /// This many, or none if there are too few.
+    fn take(&mut self, count: usize) -> Option<Vec<u32>> {
+        let free: Vec<_> = self
+            .taken
+            .iter()
+            .enumerate()
+            .filter(|(_, taken)| !**taken)
+            .map(|(slot, _)| slot)
+            .take(count)
+            .collect();
+        if free.len() < count {
+            return None;
+        }
+        for &slot in &free {
+            self.taken[slot] = true;
+        }
+        Some(free.into_iter().map(|slot| slot as u32).collect())
+    }
+
+    fn limit(&self) -> u32 {
+        self.taken.len() as u32
     }
 
     fn give_back(&mut self, slot: u32) {
@@ -204,53 +221,36 @@ impl RuleSet {
     }
 
     fn give_slots(&mut self, rule: Rule, origin: Origin) -> Result<Entry, Refusal> {
-        let limit = self.rule_slots.taken.len() as u32;
-        let slot = self.rule_slots.take().ok_or(Refusal::Full { what: "rules", limit })?;
-        let mut entry = Entry { rule, origin, slot: RuleSlot(slot), output_slots: Vec::new() };
-        for _ in 0..entry.rule.outputs.len() {
-            match self.output_slots.take() {
-                Some(slot) => entry.output_slots.push(OutputSlot(slot)),
-                None => {
-                    self.rule_slots.give_back(slot);
-                    entry.output_slots.iter().for_each(|slot| self.output_slots.give_back(slot.0));
-                    let limit = self.output_slots.taken.len() as u32;
-                    return Err(Refusal::Full { what: "outputs", limit });
-                }
+        let full = Refusal::Full { what: "rules", limit: self.rule_slots.limit() };
+        let slot = RuleSlot(self.rule_slots.take(1).ok_or(full)?[0]);
+        match self.take_output_slots(rule.outputs.len()) {
+            Ok(output_slots) => Ok(Entry { rule, origin, slot, output_slots }),
+            Err(full) => {
+                self.rule_slots.give_back(slot.0);
+                Err(full)
             }
         }
-        Ok(entry)
+    }
+
+    fn take_output_slots(&mut self, count: usize) -> Result<Vec<OutputSlot>, Refusal> {
+        let full = Refusal::Full { what: "outputs", limit: self.output_slots.limit() };
+        Ok(self.output_slots.take(count).ok_or(full)?.into_iter().map(OutputSlot).collect())
     }
 
     /// Puts a changed rule in the place of the one with its name.
     fn replace(&mut self, rule: Rule) -> Result<(), Refusal> {
-        let name = rule.name.clone();
-        let old = self.get(name.as_str())?.clone();
-        let mut slots = Vec::with_capacity(rule.outputs.len());
-        let mut fresh = Vec::new();
-        for output in &rule.outputs {
-            let known = old.outputs().find(|(known, _)| known.identity() == output.identity());
-            let slot = match known {
-                Some((_, slot)) => slot,
-                None => match self.output_slots.take() {
-                    Some(slot) => {
-                        fresh.push(slot);
-                        OutputSlot(slot)
-                    }
-                    None => {
-                        fresh.into_iter().for_each(|slot| self.output_slots.give_back(slot));
-                        let limit = self.output_slots.taken.len() as u32;
-                        return Err(Refusal::Full { what: "outputs", limit });
-                    }
-                },
-            };
-            slots.push(slot);
+        let old = self.get(rule.name.as_str())?.clone();
+        let known = |output: &Output| {
+            old.outputs().find(|(known, _)| known.identity() == output.identity()).map(|(_, slot)| slot)
+        };
+        let new = rule.outputs.iter().filter(|output| known(output).is_none()).count();
+        let mut fresh = self.take_output_slots(new)?.into_iter();
+        let output_slots: Vec<_> =
+            rule.outputs.iter().filter_map(|output| known(output).or_else(|| fresh.next())).collect();
+        for slot in old.output_slots.iter().filter(|slot| !output_slots.contains(slot)) {
+            self.output_slots.give_back(slot.0);
         }
-        for slot in &old.output_slots {
-            if !slots.contains(slot) {
-                self.output_slots.give_back(slot.0);
-            }
-        }
-        self.entries.insert(name, Entry { rule, output_slots: slots, ..old });
+        self.entries.insert(rule.name.clone(), Entry { rule, output_slots, ..old });
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// With --count alone: the first datagram is awaited for so long.
-const FIRST_WITHIN: Duration = Duration::from_secs(60);
+const FIRST_WITHIN: Duration = Duration::from_mins(1);
 
 /// With --count alone: it ends so long after the last datagram.
 const COUNT_IDLE: Duration = Duration::from_secs(10);

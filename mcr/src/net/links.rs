@@ -113,7 +113,7 @@ fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
             LinkAttribute::NumRxQueues(queues) => link.rx_queues = *queues,
             LinkAttribute::Xdp(xdp) => link.xdp_program = read_xdp(xdp),
             LinkAttribute::LinkInfo(infos) => {
-                link.kind = infos.iter().find_map(read_kind).unwrap_or_default()
+                link.kind = infos.iter().find_map(read_kind).unwrap_or_default();
             }
             _ => {}
         }

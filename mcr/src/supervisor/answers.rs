@@ -7,8 +7,8 @@ use std::{
 
 use crate::{
     api::wire::{
-        Error, Health, InterfaceStats, OutputInfo, OutputStats, RuleCounts, RuleInfo, RuleList, RuleShow,
-        RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList,
+        self, Error, Health, InterfaceStats, OutputInfo, OutputStats, RuleCounts, RuleInfo, RuleList,
+        RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList,
     },
     rule::{InterfaceName, Output, OutputSlot},
     ruleset::Entry,
@@ -185,7 +185,7 @@ impl Daemon {
             failed: count(Health::Failed),
         };
         let workers = self.worker_list().workers;
-        let problems = self.problems(&rules, &workers);
+        let problems = problems(&rules, &workers);
         let slots = || self.state.rules().iter().flat_map(|entry| entry.output_slots.iter());
         Status {
             schema: SCHEMA,
@@ -221,22 +221,19 @@ impl Daemon {
         self.interfaces().iter().for_each(|interface| add(self.interface_stats(interface).dropped));
         all
     }
+}
 
-    /// What is wrong, worst first, each with a command that shows or mends it.
-    fn problems(&self, rules: &[RuleInfo], workers: &[WorkerInfo]) -> Vec<crate::api::wire::Problem> {
-        let mut sick: Vec<_> = rules.iter().filter(|rule| rule.health != Health::Active).collect();
-        sick.sort_by_key(|rule| std::cmp::Reverse(rule.health));
-        let of_rules = sick.into_iter().map(|rule| crate::api::wire::Problem {
-            what: format!("rule {}: {}", rule.name, rule.reason.as_deref().unwrap_or("not active")),
-            next: format!("mcr rule show {}", rule.name),
-        });
-        let of_workers = workers.iter().filter(|worker| worker.pid.is_none()).map(|worker| {
-            let why = worker.last_exit.as_deref().unwrap_or("it has not started yet");
-            crate::api::wire::Problem {
-                what: format!("worker {} is down: {why}", worker.id),
-                next: "mcr workers".to_owned(),
-            }
-        });
-        of_rules.chain(of_workers).collect()
-    }
+/// What is wrong, worst first, each with a command that shows or mends it.
+fn problems(rules: &[RuleInfo], workers: &[WorkerInfo]) -> Vec<wire::Problem> {
+    let mut sick: Vec<_> = rules.iter().filter(|rule| rule.health != Health::Active).collect();
+    sick.sort_by_key(|rule| std::cmp::Reverse(rule.health));
+    let of_rules = sick.into_iter().map(|rule| wire::Problem {
+        what: format!("rule {}: {}", rule.name, rule.reason.as_deref().unwrap_or("not active")),
+        next: format!("mcr rule show {}", rule.name),
+    });
+    let of_workers = workers.iter().filter(|worker| worker.pid.is_none()).map(|worker| {
+        let why = worker.last_exit.as_deref().unwrap_or("it has not started yet");
+        wire::Problem { what: format!("worker {} is down: {why}", worker.id), next: "mcr workers".to_owned() }
+    });
+    of_rules.chain(of_workers).collect()
 }

@@ -55,10 +55,14 @@ pub enum Effect {
     Detach {
         interface: InterfaceName,
     },
-    /// Start a worker and put its sockets into the XSKMAP.
+    /// Start a worker; nothing is steered to it yet.
     StartWorker {
         id: WorkerId,
         spec: WorkerSpec,
+    },
+    /// Put a worker's sockets into the XSKMAP: it has its rules.
+    Steer {
+        id: WorkerId,
     },
     /// Let a worker relay what it holds, and end it.
     StopWorker {

@@ -100,7 +100,8 @@ fn lock_namespace(pin_root: &Path) -> anyhow::Result<OwnedFd> {
 /// A bpffs where pins are to be: the usual one is mounted if it is not.
 fn ensure_bpffs(pin_root: &Path) -> anyhow::Result<()> {
     if is_bpffs(pin_root) {
-        return warn_of_private_mounts(pin_root);
+        warn_of_private_mounts(pin_root);
+        return Ok(());
     }
     if !pin_root.starts_with(BPF_FS) {
         bail!(
@@ -111,7 +112,8 @@ fn ensure_bpffs(pin_root: &Path) -> anyhow::Result<()> {
     mount(Some("bpf"), BPF_FS, Some("bpf"), MsFlags::empty(), None::<&str>).with_context(|| {
         format!("no bpffs can be mounted on {BPF_FS}: mount it with `mount -t bpf bpf {BPF_FS}`")
     })?;
-    warn_of_private_mounts(pin_root)
+    warn_of_private_mounts(pin_root);
+    Ok(())
 }
 
 /// Whether the nearest directory that exists is on a bpffs.
@@ -122,7 +124,7 @@ fn is_bpffs(path: &Path) -> bool {
 }
 
 /// Pins in a mount namespace of our own end with it, whatever they are to outlive.
-fn warn_of_private_mounts(pin_root: &Path) -> anyhow::Result<()> {
+fn warn_of_private_mounts(pin_root: &Path) {
     let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
     if let (Some(ours), Some(first)) = (namespace("self"), namespace("1"))
         && ours != first
@@ -132,7 +134,6 @@ fn warn_of_private_mounts(pin_root: &Path) -> anyhow::Result<()> {
             "this mount namespace is not the host's (`ip netns exec` makes one): bpftool elsewhere may not see the pins"
         );
     }
-    Ok(())
 }
 
 /// Pins of this namespace that are there before any daemon runs are a dead one's.

@@ -24,7 +24,7 @@ pub fn start(format: LogFormat, level: LogLevel) -> LogControl {
             registry.with(fmt::layer().with_target(false).with_ansi(ansi).with_writer(io::stderr)).init();
         }
         LogFormat::Json => {
-            registry.with(fmt::layer().json().with_target(false).with_writer(io::stderr)).init()
+            registry.with(fmt::layer().json().with_target(false).with_writer(io::stderr)).init();
         }
     }
     LogControl { handle, level }

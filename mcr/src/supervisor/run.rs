@@ -250,6 +250,7 @@ impl Daemon {
                 Ok(())
             }
             Effect::StartWorker { id, spec } => self.start_worker(id, spec).await,
+            Effect::Steer { id } => self.steer(id),
             Effect::StopWorker { id } => {
                 if let Some(mut worker) = self.workers.remove(id) {
                     worker.drain().await;
@@ -321,7 +322,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Starts a worker and steers frames to its sockets.
+    /// Starts a worker and takes its sockets.
     async fn start_worker(&mut self, id: &WorkerId, spec: &WorkerSpec) -> Result<(), String> {
         let setup = Setup {
             interface: id.interface.as_str().to_owned(),
@@ -360,12 +361,24 @@ impl Daemon {
                 return Err(format!("worker {id} did not start: {}", one_line(&error)));
             }
         };
-        let program =
-            self.programs.get_mut(&id.interface).ok_or_else(|| format!("{} has no program", id.interface))?;
-        for (queue, socket) in spec.queues.iter().zip(&sockets) {
-            program.set_socket(QueueId(*queue), socket.as_fd()).map_err(|error| error.to_string())?;
+        worker.hold(spec.queues.iter().copied().map(QueueId).zip(sockets).collect());
+        info!(worker = %id, pid, queues = ?spec.queues, cpu = spec.cpu, "worker started");
+        Ok(())
+    }
+
+    /// Steers frames to a worker that has its rules.
+    fn steer(&mut self, id: &WorkerId) -> Result<(), String> {
+        let Some(worker) = self.workers.get_mut(id) else { return Err(format!("worker {id} has ended")) };
+        let Some(program) = self.programs.get_mut(&id.interface) else {
+            return Err(format!("{} has no program", id.interface));
+        };
+        for (queue, socket) in worker.take_sockets() {
+            if let Err(error) = program.set_socket(queue, socket.as_fd()) {
+                worker.kill();
+                return Err(one_line(&error));
+            }
         }
-        info!(worker = %id, pid, queues = ?spec.queues, cpu = spec.cpu, "worker relays");
+        info!(worker = %id, "worker relays");
         Ok(())
     }
 

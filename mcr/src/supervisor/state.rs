@@ -55,6 +55,8 @@ pub struct Running {
     pub spec: Option<WorkerSpec>,
     pub rules: BTreeMap<RuleSlot, CompiledRule>,
     pub egress: BTreeSet<u32>,
+    /// Its sockets are in the XSKMAP.
+    pub steered: bool,
 }
 
 /// How often a worker has ended, and why last.
@@ -165,7 +167,9 @@ impl State {
                     .filter(|name| links.get(name) != self.links.get(name))
                     .cloned()
                     .collect();
-                changed.iter().for_each(|name| self.forget_failures(name));
+                for name in &changed {
+                    self.forget_failures(name);
+                }
                 self.links = links;
             }
             Event::WorkerExited { id, why, lived } => return self.worker_exited(id, why, lived),
@@ -384,7 +388,7 @@ impl State {
         Some(cpu)
     }
 
-    /// Brings a worker's rules and egress sockets to what they should be.
+    /// Brings a worker's rules and egress sockets to what they should be, then steers frames to it.
     fn plan_rules(&mut self, id: &WorkerId, running: &Running, effects: &mut Vec<Effect>) {
         let entries: Vec<_> =
             self.rules.iter().filter(|entry| entry.rule.input.interface == id.interface).cloned().collect();
@@ -402,6 +406,9 @@ impl State {
             }
         }
         effects.extend(upserts);
+        if !running.steered {
+            effects.push(Effect::Steer { id: id.clone() });
+        }
         let unneeded = running.egress.iter().filter(|socket| !needed.contains_key(socket));
         effects.extend(unneeded.map(|&socket| Effect::CloseEgress { id: id.clone(), socket }));
     }
@@ -508,6 +515,9 @@ impl State {
             Effect::StartWorker { id, spec } => {
                 actual.workers.insert(id.clone(), Running { spec: Some(spec.clone()), ..Running::default() });
             }
+            Effect::Steer { id } => {
+                actual.workers.entry(id.clone()).or_default().steered = true;
+            }
             Effect::StopWorker { id } => {
                 actual.workers.remove(id);
             }
@@ -551,6 +561,7 @@ impl State {
                 self.join_failures.insert(*membership, why);
             }
             Effect::StartWorker { id, .. }
+            | Effect::Steer { id }
             | Effect::OpenEgress { id, .. }
             | Effect::UpsertRule { id, .. }
             | Effect::RemoveRule { id, .. }

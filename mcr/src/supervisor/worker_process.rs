@@ -20,6 +20,7 @@ use tokio::{
 };
 
 use crate::{
+    rule::QueueId,
     supervisor::event::{Event, WorkerId},
     sys::channel,
     worker::protocol::{Command, CompiledRule, MAX_PACKET_BYTES, Report, Setup},
@@ -52,6 +53,8 @@ pub struct WorkerProcess {
     buffer: Vec<u8>,
     sequence: u64,
     ended: watch::Receiver<bool>,
+    /// The worker's AF_XDP sockets, until they are in the XSKMAP.
+    sockets: Vec<(QueueId, OwnedFd)>,
 }
 
 impl WorkerProcess {
@@ -76,7 +79,7 @@ impl WorkerProcess {
         // SAFETY: the descriptor is owned by the AsyncFd alone and always answers the same.
         let socket =
             unsafe { AsyncFd::register(ours) }.map_err(|error| WorkerError::Spawn(error.into_parts().1))?;
-        Ok(Self { pid, socket, buffer: vec![0; MAX_PACKET_BYTES], sequence: 0, ended })
+        Ok(Self { pid, socket, buffer: vec![0; MAX_PACKET_BYTES], sequence: 0, ended, sockets: Vec::new() })
     }
 
     /// Hands over what the worker is made of; answers its AF_XDP sockets, in the order of the queues.
@@ -88,6 +91,15 @@ impl WorkerProcess {
                 Err(WorkerError::Failed { why: format!("the worker answered {report:?} to its set-up") })
             }
         }
+    }
+
+    pub fn hold(&mut self, sockets: Vec<(QueueId, OwnedFd)>) {
+        self.sockets = sockets;
+    }
+
+    /// The sockets, once. The worker's own copies are then the only ones: they close with it.
+    pub fn take_sockets(&mut self) -> Vec<(QueueId, OwnedFd)> {
+        std::mem::take(&mut self.sockets)
     }
 
     pub async fn open_egress(&mut self, id: u32, socket: &OwnedFd) -> Result<(), WorkerError> {

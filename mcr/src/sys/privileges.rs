@@ -10,7 +10,7 @@ const NEEDED: [(Capability, &str); 3] = [
     (Capability::CAP_NET_RAW, "CAP_NET_RAW"),
 ];
 
-/// The needed capabilities that this process lacks; CAP_SYS_ADMIN stands for CAP_BPF.
+/// The needed capabilities that this process lacks; `CAP_SYS_ADMIN` stands for `CAP_BPF`.
 pub fn missing() -> Vec<&'static str> {
     let held = caps::read(None, CapSet::Effective).unwrap_or_default();
     let stands_in =

@@ -100,7 +100,7 @@ pub struct QueueLedger {
     pub no_rule: Counter,
     /// Of these: the parser refused them.
     pub refused: Counter,
-    /// The kernel's XDP_STATISTICS `rx_dropped`, which contains the next.
+    /// The kernel's `XDP_STATISTICS` `rx_dropped`, which contains the next.
     pub rx_dropped: Counter,
     /// The kernel's `rx_fill_ring_empty_descs`.
     pub fill_ring_empty: Counter,
@@ -201,23 +201,32 @@ impl Ledger {
     /// The queue's counters; `index` counts within the worker.
     pub fn queue(&self, index: usize) -> &QueueLedger {
         assert!(index < self.layout.queues as usize, "queue {index} has no ledger");
-        // SAFETY: within the mapping by the assertion; all fields are atomics, valid for any bits.
-        unsafe { &*self.map.as_ptr().cast::<QueueLedger>().add(index) }
+        // SAFETY: the layout has its queues first, and the assertion keeps to their number.
+        unsafe { self.entry(0, index) }
     }
 
     pub fn rule(&self, slot: RuleSlot) -> &RuleLedger {
         assert!(slot.0 < self.layout.rules, "rule slot {} has no ledger", slot.0);
-        // SAFETY: within the mapping by the assertion and the layout's arithmetic; see `queue`.
-        unsafe {
-            &*self.map.as_ptr().add(self.layout.rules_offset()).cast::<RuleLedger>().add(slot.0 as usize)
-        }
+        // SAFETY: the layout has the rules at this offset, and the assertion keeps to their number.
+        unsafe { self.entry(self.layout.rules_offset(), slot.0 as usize) }
     }
 
     pub fn output(&self, slot: OutputSlot) -> &OutputLedger {
         assert!(slot.0 < self.layout.outputs, "output slot {} has no ledger", slot.0);
-        let outputs = self.layout.outputs_offset();
-        // SAFETY: within the mapping by the assertion and the layout's arithmetic; see `queue`.
-        unsafe { &*self.map.as_ptr().add(outputs).cast::<OutputLedger>().add(slot.0 as usize) }
+        // SAFETY: the layout has the outputs at this offset, and the assertion keeps to their number.
+        unsafe { self.entry(self.layout.outputs_offset(), slot.0 as usize) }
+    }
+
+    /// Entry `index` of the array at `offset`.
+    ///
+    /// # Safety
+    ///
+    /// The layout must have an array of `T` with this entry at this offset, and `T` must consist of
+    /// counters alone.
+    unsafe fn entry<T>(&self, offset: usize, index: usize) -> &T {
+        // SAFETY: within the mapping and aligned, by the contract; counters are atomics, for which any
+        // bits are a value and which other processes may change.
+        unsafe { &*self.map.as_ptr().add(offset).cast::<T>().add(index) }
     }
 }
 
