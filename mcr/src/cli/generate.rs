@@ -2,6 +2,7 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
+    net::SocketAddrV4,
     process::ExitCode,
     time::Duration,
 };
@@ -111,7 +112,6 @@ struct Stream {
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let endpoint: Output = args.endpoint.parse()?;
-    let options = send_options(&endpoint)?;
     ensure!(
         (HEADER_BYTES..=MAX_BYTES).contains(&args.size),
         "--size {}: a datagram has a header of {HEADER_BYTES} bytes and at most {MAX_BYTES}: use a size between",
@@ -127,6 +127,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         // Fresh per process, and seeded by the kernel.
         run: RandomState::new().hash_one(clock::realtime_ns()),
     };
+    let options = send_options(&endpoint, &plan.destinations)?;
     let advise = |error| traffic::advise(error, &endpoint.interface);
     let socket = socket::sender(&options)
         .map_err(|error| traffic::advise(error, &endpoint.interface).context(format!("gen {endpoint}")))?;
@@ -169,7 +170,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn send_options(endpoint: &Output) -> anyhow::Result<SendOptions> {
+fn send_options(endpoint: &Output, destinations: &[SocketAddrV4]) -> anyhow::Result<SendOptions> {
     let Ttl::Fixed(ttl) = endpoint.ttl else {
         bail!("gen {endpoint}: gen receives no datagram whose TTL it could take: write ttl=1 to ttl=255");
     };
@@ -184,6 +185,7 @@ fn send_options(endpoint: &Output) -> anyhow::Result<SendOptions> {
         dscp,
         from: endpoint.from.map(|from| (from.address, from.port.unwrap_or(0))),
         loop_back: endpoint.loop_back,
+        connect: if let [destination] = destinations { Some(*destination) } else { None },
     })
 }
 

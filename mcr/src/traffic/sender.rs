@@ -106,7 +106,7 @@ pub enum SendError {
 }
 
 impl Sender {
-    /// The run starts now.
+    /// The run starts now. The socket is connected if there is one destination only.
     pub fn new(plan: SendPlan, socket: Socket) -> Self {
         let streams = plan.destinations.len() as u64;
         let start_ns = clock::monotonic_ns();
@@ -114,7 +114,7 @@ impl Sender {
         Self {
             socket,
             pacer: Pacer::new(plan.rate.saturating_mul(streams), total, start_ns),
-            batch: SendBatch::new(BATCH, plan.size),
+            batch: SendBatch::new(BATCH, plan.size, plan.destinations.len() == 1),
             digests: if plan.sha256 { vec![Sha256::new(); plan.destinations.len()] } else { Vec::new() },
             sent: 0,
             retries: Retries::default(),

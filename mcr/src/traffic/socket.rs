@@ -63,9 +63,12 @@ pub struct SendOptions {
     pub dscp: u8,
     pub from: Option<(Ipv4Addr, u16)>,
     pub loop_back: bool,
+    /// The one destination, where there is only one: the kernel then looks the route up once and not for each
+    /// datagram.
+    pub connect: Option<SocketAddrV4>,
 }
 
-/// An unconnected socket that sends by one interface, with or without a route.
+/// A socket that sends by one interface, with or without a route.
 pub fn sender(options: &SendOptions) -> Result<Socket, SocketError> {
     let socket = udp()?;
     socket.bind_device(Some(options.interface.as_str().as_bytes())).during("SO_BINDTODEVICE")?;
@@ -86,6 +89,9 @@ pub fn sender(options: &SendOptions) -> Result<Socket, SocketError> {
     setsockopt(&socket, sockopt::RcvBuf, &0).during("SO_RCVBUF")?;
     if let Some((address, port)) = options.from {
         socket.bind(&SocketAddrV4::new(address, port).into()).during("bind")?;
+    }
+    if let Some(destination) = options.connect {
+        socket.connect(&destination.into()).during("connect")?;
     }
     Ok(socket)
 }
@@ -193,17 +199,19 @@ pub fn dropped(socket: &Socket) -> io::Result<u64> {
     }
 }
 
-/// Payloads to send, each with its destination.
+/// Payloads to send, each with its destination, or all by a connected socket.
 pub struct SendBatch {
+    connected: bool,
     payloads: Vec<Vec<u8>>,
     destinations: Vec<libc::sockaddr_in>,
     filled: usize,
 }
 
 impl SendBatch {
-    /// Space for `capacity` payloads of `size` bytes each.
-    pub fn new(capacity: usize, size: usize) -> Self {
+    /// Space for `capacity` payloads of `size` bytes each; their destinations are heeded unless `connected`.
+    pub fn new(capacity: usize, size: usize, connected: bool) -> Self {
         Self {
+            connected,
             payloads: vec![vec![0; size]; capacity],
             destinations: vec![sockaddr(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)); capacity],
             filled: 0,
@@ -239,7 +247,8 @@ impl SendBatch {
             let payload = &mut self.payloads[i];
             let iovec = iovecs[i]
                 .write(libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() });
-            messages[i].write(message(&mut self.destinations[i], iovec, &mut []));
+            let name = (!self.connected).then_some(&mut self.destinations[i]);
+            messages[i].write(message(name, iovec, &mut []));
         }
         let flags = 0;
         // SAFETY: the first `count` messages are written; they point to payloads, destinations and iovecs that live and
@@ -295,7 +304,7 @@ impl ReceiveBatch {
         for ((iovec, source), control) in
             self.iovecs.iter_mut().zip(&mut self.sources).zip(&mut self.controls)
         {
-            self.messages.push(message(source, iovec, control));
+            self.messages.push(message(Some(source), iovec, control));
         }
         let (messages, count) = (self.messages.as_mut_ptr(), self.messages.len() as libc::c_uint);
         // SAFETY: `count` messages are written; they point to payloads, sources, iovecs and controls of this struct, with
@@ -359,11 +368,17 @@ fn read_control(header: &libc::msghdr, datagram: &mut Datagram) {
 }
 
 /// A message of one part. `control` may be empty.
-fn message(name: &mut libc::sockaddr_in, iovec: &mut libc::iovec, control: &mut [u64]) -> libc::mmsghdr {
+fn message(
+    name: Option<&mut libc::sockaddr_in>,
+    iovec: &mut libc::iovec,
+    control: &mut [u64],
+) -> libc::mmsghdr {
     // SAFETY: mmsghdr is integers and pointers, for which zero bytes are a value.
     let mut message: libc::mmsghdr = unsafe { mem::zeroed() };
-    message.msg_hdr.msg_name = ptr::from_mut(name).cast();
-    message.msg_hdr.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+    if let Some(name) = name {
+        message.msg_hdr.msg_name = ptr::from_mut(name).cast();
+        message.msg_hdr.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+    }
     message.msg_hdr.msg_iov = iovec;
     message.msg_hdr.msg_iovlen = 1;
     if !control.is_empty() {
