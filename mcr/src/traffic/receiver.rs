@@ -28,8 +28,8 @@ const MAX_LATENCY_NS: u64 = 60_000_000_000;
 /// Batches that one socket may take before the others have their turn.
 const TURN: usize = 8;
 
-/// Rest after each turn of all sockets: at high rates a turn takes in many datagrams, and the sender's CPU need
-/// not wake this thread for each. Arrival times are the kernel's, so that latency does not see it.
+/// Rest after a turn that emptied the sockets: at high rates the next takes in many datagrams, and the sender's CPU
+/// need not wake this thread for each. Arrival times are the kernel's, so that latency does not see it.
 const REST_NS: u64 = 500_000;
 
 /// Longest wait, so that progress is shown while nothing comes.
@@ -185,15 +185,16 @@ impl Receiver {
                 Err(Errno::EINTR) => 0,
                 Err(errno) => return Err(errno.into()),
             };
+            let mut drained = true;
             for event in &events[..ready] {
                 if event.data() == STOP_TOKEN {
                     self.drain(&mut batch)?;
                     return Ok(ReceiveEnd::Signal);
                 }
-                self.receive(event.data() as usize, TURN, &mut batch)?;
+                drained &= self.receive(event.data() as usize, TURN, &mut batch)?;
             }
             watch(self);
-            if ready > 0 {
+            if ready > 0 && drained {
                 clock::sleep_until(clock::monotonic_ns() + REST_NS);
             }
         }
