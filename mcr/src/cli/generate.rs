@@ -49,6 +49,11 @@ pub struct Args {
     /// Send for so long: rate times seconds datagrams on each stream.
     #[arg(long, value_name = "S", value_parser = traffic::seconds)]
     seconds: Option<Duration>,
+    /// Hand runs of datagrams to the kernel by one call (UDP segmentation): cheaper, for rates that a core cannot
+    /// reach otherwise. One stream only. On a virtual link whose other end takes large frames (`ethtool -k`,
+    /// tx-udp-segmentation) they travel as one; switch that off where frames are counted.
+    #[arg(long)]
+    gso: bool,
     /// Print the SHA-256 of each stream's payloads, in order.
     #[arg(long)]
     sha256: bool,
@@ -111,11 +116,14 @@ struct Stream {
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let endpoint: Output = args.endpoint.parse()?;
-    let options = send_options(&endpoint)?;
     ensure!(
         (HEADER_BYTES..=MAX_BYTES).contains(&args.size),
         "--size {}: a datagram has a header of {HEADER_BYTES} bytes and at most {MAX_BYTES}: use a size between",
         args.size
+    );
+    ensure!(
+        args.streams == 1 || !args.gso,
+        "--gso: runs of datagrams are cut from one stream: leave it out, or start one gen for each stream"
     );
     let plan = SendPlan {
         destinations: traffic::streams(endpoint.destination, endpoint.port, args.streams)?,
@@ -124,9 +132,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         count: args.count,
         duration: args.seconds,
         sha256: args.sha256,
+        segments: args.gso,
         // Fresh per process, and seeded by the kernel.
         run: RandomState::new().hash_one(clock::realtime_ns()),
     };
+    let options = send_options(&endpoint, &plan)?;
     let advise = |error| traffic::advise(error, &endpoint.interface);
     let socket = socket::sender(&options)
         .map_err(|error| traffic::advise(error, &endpoint.interface).context(format!("gen {endpoint}")))?;
@@ -169,7 +179,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn send_options(endpoint: &Output) -> anyhow::Result<SendOptions> {
+fn send_options(endpoint: &Output, plan: &SendPlan) -> anyhow::Result<SendOptions> {
     let Ttl::Fixed(ttl) = endpoint.ttl else {
         bail!("gen {endpoint}: gen receives no datagram whose TTL it could take: write ttl=1 to ttl=255");
     };
@@ -184,6 +194,8 @@ fn send_options(endpoint: &Output) -> anyhow::Result<SendOptions> {
         dscp,
         from: endpoint.from.map(|from| (from.address, from.port.unwrap_or(0))),
         loop_back: endpoint.loop_back,
+        connect: if let [destination] = plan.destinations[..] { Some(destination) } else { None },
+        segment: if plan.segments { u16::try_from(plan.size).ok() } else { None },
     })
 }
 

@@ -76,6 +76,9 @@ fn advice(errno: Errno, interface: &InterfaceName) -> Option<String> {
         Errno::EMSGSIZE => {
             format!("the MTU is smaller: a smaller --size, or `ip link set {interface} mtu N`")
         }
+        Errno::EINVAL => {
+            format!("without --gso if it was given; else see `ip -details link show {interface}`")
+        }
         Errno::ENETDOWN | Errno::ENETUNREACH => {
             format!("is the interface up? `ip link set {interface} up`")
         }

@@ -28,6 +28,10 @@ const MAX_LATENCY_NS: u64 = 60_000_000_000;
 /// Batches that one socket may take before the others have their turn.
 const TURN: usize = 8;
 
+/// Rest after a turn that emptied the sockets: at high rates the next takes in many datagrams, and the sender's CPU
+/// need not wake this thread for each. Arrival times are the kernel's, so that latency does not see it.
+const REST_NS: u64 = 500_000;
+
 /// Longest wait, so that progress is shown while nothing comes.
 const NAP_NS: u64 = 250_000_000;
 
@@ -110,7 +114,9 @@ struct Intake {
     clock_backwards: u64,
     /// Streams of which datagrams are still awaited; `None` without a count.
     incomplete: Option<usize>,
-    first_ns: Option<u64>,
+    /// First and last arrival in the kernel, real time.
+    arrivals_ns: Option<(u64, u64)>,
+    /// When datagrams were taken in last, monotonic.
     last_ns: Option<u64>,
 }
 
@@ -149,7 +155,7 @@ impl Receiver {
             histogram: Histogram::new_with_max(MAX_LATENCY_NS, 3).expect("bounds and digits are valid"),
             clock_backwards: 0,
             incomplete: plan.count.map(|_| streams.len()),
-            first_ns: None,
+            arrivals_ns: None,
             last_ns: None,
         };
         let start_ns = clock::monotonic_ns();
@@ -179,14 +185,18 @@ impl Receiver {
                 Err(Errno::EINTR) => 0,
                 Err(errno) => return Err(errno.into()),
             };
+            let mut drained = true;
             for event in &events[..ready] {
                 if event.data() == STOP_TOKEN {
                     self.drain(&mut batch)?;
                     return Ok(ReceiveEnd::Signal);
                 }
-                self.receive(event.data() as usize, TURN, &mut batch)?;
+                drained &= self.receive(event.data() as usize, TURN, &mut batch)?;
             }
             watch(self);
+            if ready > 0 && drained {
+                clock::sleep_until(clock::monotonic_ns() + REST_NS);
+            }
         }
     }
 
@@ -217,7 +227,7 @@ impl Receiver {
             let Stream { socket, account, latency, complete } = stream;
             let received = batch.receive(socket, |datagram| {
                 let entry = account.enter(datagram, self.intake.incomplete == Some(0));
-                self.intake.enter(entry, latency);
+                self.intake.enter(entry, latency, datagram.received_ns);
                 if !*complete && self.plan.count.is_some_and(|count| account.unique() >= count) {
                     *complete = true;
                     self.intake.incomplete = self.intake.incomplete.map(|incomplete| incomplete - 1);
@@ -226,9 +236,7 @@ impl Receiver {
             let received = received
                 .map_err(|error| ReceiveError::Receive { address: self.plan.addresses[at], error })?;
             if received > 0 {
-                let now_ns = clock::monotonic_ns();
-                self.intake.first_ns.get_or_insert(now_ns);
-                self.intake.last_ns = Some(now_ns);
+                self.intake.last_ns = Some(clock::monotonic_ns());
             }
             if received < MAX_BATCH {
                 return Ok(true);
@@ -293,13 +301,15 @@ impl Receiver {
 
     /// From the first datagram to the last.
     pub fn receiving(&self) -> Duration {
-        let span_ns = self.intake.last_ns.zip(self.intake.first_ns).map_or(0, |(last, first)| last - first);
-        Duration::from_nanos(span_ns)
+        let (first_ns, last_ns) = self.intake.arrivals_ns.unwrap_or_default();
+        Duration::from_nanos(last_ns - first_ns)
     }
 }
 
 impl Intake {
-    fn enter(&mut self, entry: Entry, latency: &mut Latency) {
+    fn enter(&mut self, entry: Entry, latency: &mut Latency, received_ns: u64) {
+        let (first_ns, last_ns) = self.arrivals_ns.unwrap_or((received_ns, received_ns));
+        self.arrivals_ns = Some((first_ns.min(received_ns), last_ns.max(received_ns)));
         if let Entry::Probe { latency_ns } = entry {
             self.clock_backwards += u64::from(latency_ns < 0);
             let ns = latency_ns.max(0).cast_unsigned();

@@ -10,8 +10,8 @@ use super::{
     account::hex,
     clock,
     pacing::{Pacer, Step},
-    probe::Probe,
-    socket::{self, SendBatch},
+    probe::{MAX_BYTES, Probe},
+    socket::{self, MAX_BATCH, SendBatch, SendBy},
     stop::Stop,
 };
 
@@ -43,6 +43,8 @@ pub struct SendPlan {
     pub count: Option<u64>,
     pub duration: Option<Duration>,
     pub sha256: bool,
+    /// Whether what is due leaves by one `UDP_SEGMENT` send; for one destination only.
+    pub segments: bool,
     pub run: u64,
 }
 
@@ -106,15 +108,21 @@ pub enum SendError {
 }
 
 impl Sender {
-    /// The run starts now.
+    /// The run starts now. The socket is connected if there is one destination only, and cuts segments if the plan
+    /// says so.
     pub fn new(plan: SendPlan, socket: Socket) -> Self {
         let streams = plan.destinations.len() as u64;
+        let (by, capacity) = match plan.destinations[..] {
+            [_] if plan.segments => (SendBy::Segments, MAX_BATCH.min(MAX_BYTES / plan.size)),
+            [_] => (SendBy::Connection, BATCH),
+            _ => (SendBy::Destination, BATCH),
+        };
         let start_ns = clock::monotonic_ns();
         let total = plan.datagrams_per_stream().map(|count| count.saturating_mul(streams));
         Self {
             socket,
             pacer: Pacer::new(plan.rate.saturating_mul(streams), total, start_ns),
-            batch: SendBatch::new(BATCH, plan.size),
+            batch: SendBatch::new(capacity, plan.size, by),
             digests: if plan.sha256 { vec![Sha256::new(); plan.destinations.len()] } else { Vec::new() },
             sent: 0,
             retries: Retries::default(),

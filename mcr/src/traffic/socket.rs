@@ -5,7 +5,7 @@ use std::{
     mem::{self, MaybeUninit},
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, AsRawFd},
-    ptr,
+    ptr, slice,
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -14,8 +14,8 @@ use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
 use super::{account::Datagram, probe};
 use crate::rule::{IfIndex, InterfaceName};
 
-/// Largest receive buffer that is asked for; many sockets share eight times this.
-const RECEIVE_BUFFER_BYTES: usize = 64 << 20;
+/// Largest receive buffer that is asked for; many sockets share four times this.
+const RECEIVE_BUFFER_BYTES: usize = 128 << 20;
 
 const SEND_BUFFER_BYTES: usize = 8 << 20;
 
@@ -63,9 +63,25 @@ pub struct SendOptions {
     pub dscp: u8,
     pub from: Option<(Ipv4Addr, u16)>,
     pub loop_back: bool,
+    /// The one destination, where there is only one: the kernel then looks a host's route up once. A group's it
+    /// looks up for every datagram all the same.
+    pub connect: Option<SocketAddrV4>,
+    /// Datagrams of this many bytes leave several at a time by one `UDP_SEGMENT` send; needs `connect`.
+    pub segment: Option<u16>,
 }
 
-/// An unconnected socket that sends by one interface, with or without a route.
+/// How a [`SendBatch`] hands its payloads over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendBy {
+    /// One message for each, with its destination.
+    Destination,
+    /// One message for each, by a connected socket.
+    Connection,
+    /// All as one message, which the kernel cuts up, by a connected socket.
+    Segments,
+}
+
+/// A socket that sends by one interface, with or without a route.
 pub fn sender(options: &SendOptions) -> Result<Socket, SocketError> {
     let socket = udp()?;
     socket.bind_device(Some(options.interface.as_str().as_bytes())).during("SO_BINDTODEVICE")?;
@@ -86,6 +102,12 @@ pub fn sender(options: &SendOptions) -> Result<Socket, SocketError> {
     setsockopt(&socket, sockopt::RcvBuf, &0).during("SO_RCVBUF")?;
     if let Some((address, port)) = options.from {
         socket.bind(&SocketAddrV4::new(address, port).into()).during("bind")?;
+    }
+    if let Some(destination) = options.connect {
+        socket.connect(&destination.into()).during("connect")?;
+    }
+    if let Some(bytes) = options.segment {
+        setsockopt(&socket, sockopt::UdpGsoSegment, &bytes.into()).during("UDP_SEGMENT")?;
     }
     Ok(socket)
 }
@@ -110,7 +132,7 @@ pub fn receiver(address: SocketAddrV4, options: &ReceiveOptions) -> Result<Socke
         socket.set_multicast_all_v4(false).during("IP_MULTICAST_ALL")?;
     }
     socket.bind_device(Some(options.interface.as_str().as_bytes())).during("SO_BINDTODEVICE")?;
-    let share = 8 * RECEIVE_BUFFER_BYTES / options.sockets.max(1) as usize;
+    let share = 4 * RECEIVE_BUFFER_BYTES / options.sockets.max(1) as usize;
     let buffer = share.clamp(1 << 20, RECEIVE_BUFFER_BYTES);
     if setsockopt(&socket, sockopt::RcvBufForce, &buffer).is_err() {
         setsockopt(&socket, sockopt::RcvBuf, &buffer).during("SO_RCVBUF")?;
@@ -193,17 +215,19 @@ pub fn dropped(socket: &Socket) -> io::Result<u64> {
     }
 }
 
-/// Payloads to send, each with its destination.
+/// Payloads of one size to send.
 pub struct SendBatch {
+    by: SendBy,
     payloads: Vec<Vec<u8>>,
     destinations: Vec<libc::sockaddr_in>,
     filled: usize,
 }
 
 impl SendBatch {
-    /// Space for `capacity` payloads of `size` bytes each.
-    pub fn new(capacity: usize, size: usize) -> Self {
+    /// Space for `capacity` payloads, at most [`MAX_BATCH`], of `size` bytes each.
+    pub fn new(capacity: usize, size: usize, by: SendBy) -> Self {
         Self {
+            by,
             payloads: vec![vec![0; size]; capacity],
             destinations: vec![sockaddr(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)); capacity],
             filled: 0,
@@ -230,24 +254,28 @@ impl SendBatch {
         &self.payloads[at]
     }
 
-    /// Hands the payloads to the kernel; returns how many it took, the first ones, at least one.
+    /// Hands the payloads to the kernel; returns how many it took, the first ones, at least one if there are any.
     pub fn send(&mut self, socket: &Socket) -> io::Result<usize> {
-        let mut iovecs = [MaybeUninit::<libc::iovec>::uninit(); MAX_BATCH];
-        let mut messages = [MaybeUninit::<libc::mmsghdr>::uninit(); MAX_BATCH];
         let count = self.filled.min(MAX_BATCH);
-        for i in 0..count {
-            let payload = &mut self.payloads[i];
-            let iovec = iovecs[i]
-                .write(libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() });
-            messages[i].write(message(&mut self.destinations[i], iovec, &mut []));
+        let mut iovecs = [libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; MAX_BATCH];
+        for (iovec, payload) in iovecs.iter_mut().zip(&mut self.payloads[..count]) {
+            *iovec = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
+        }
+        let per_message = if self.by == SendBy::Segments { count.max(1) } else { 1 };
+        let mut messages = [MaybeUninit::<libc::mmsghdr>::uninit(); MAX_BATCH];
+        let mut message_count = 0;
+        for (i, parts) in iovecs[..count].chunks_mut(per_message).enumerate() {
+            let name = (self.by == SendBy::Destination).then_some(&mut self.destinations[i]);
+            messages[i].write(message(name, parts, &mut []));
+            message_count += 1;
         }
         let flags = 0;
-        // SAFETY: the first `count` messages are written; they point to payloads, destinations and iovecs that live and
-        // stay where they are until the call returns, with their true lengths.
-        let sent = unsafe {
-            libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr().cast(), count as libc::c_uint, flags)
-        };
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+        // SAFETY: the first `message_count` messages are written; they point to payloads, destinations and iovecs that
+        // live and stay where they are until the call returns, with their true lengths.
+        let sent =
+            unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr().cast(), message_count, flags) };
+        let sent = usize::try_from(sent).map_err(|_| io::Error::last_os_error())?;
+        Ok((sent * per_message).min(count))
     }
 }
 
@@ -295,7 +323,7 @@ impl ReceiveBatch {
         for ((iovec, source), control) in
             self.iovecs.iter_mut().zip(&mut self.sources).zip(&mut self.controls)
         {
-            self.messages.push(message(source, iovec, control));
+            self.messages.push(message(Some(source), slice::from_mut(iovec), control));
         }
         let (messages, count) = (self.messages.as_mut_ptr(), self.messages.len() as libc::c_uint);
         // SAFETY: `count` messages are written; they point to payloads, sources, iovecs and controls of this struct, with
@@ -358,14 +386,20 @@ fn read_control(header: &libc::msghdr, datagram: &mut Datagram) {
     }
 }
 
-/// A message of one part. `control` may be empty.
-fn message(name: &mut libc::sockaddr_in, iovec: &mut libc::iovec, control: &mut [u64]) -> libc::mmsghdr {
+/// A message of these parts. `control` may be empty.
+fn message(
+    name: Option<&mut libc::sockaddr_in>,
+    parts: &mut [libc::iovec],
+    control: &mut [u64],
+) -> libc::mmsghdr {
     // SAFETY: mmsghdr is integers and pointers, for which zero bytes are a value.
     let mut message: libc::mmsghdr = unsafe { mem::zeroed() };
-    message.msg_hdr.msg_name = ptr::from_mut(name).cast();
-    message.msg_hdr.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
-    message.msg_hdr.msg_iov = iovec;
-    message.msg_hdr.msg_iovlen = 1;
+    if let Some(name) = name {
+        message.msg_hdr.msg_name = ptr::from_mut(name).cast();
+        message.msg_hdr.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+    }
+    message.msg_hdr.msg_iov = parts.as_mut_ptr();
+    message.msg_hdr.msg_iovlen = parts.len() as _;
     if !control.is_empty() {
         message.msg_hdr.msg_control = control.as_mut_ptr().cast();
         message.msg_hdr.msg_controllen = size_of_val(control) as _;
