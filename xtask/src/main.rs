@@ -1,7 +1,9 @@
 //! The project's own verbs, as `cargo xtask VERB`: one file each.
 
 mod build_ebpf;
+mod check;
 mod process;
+mod run;
 mod setup;
 mod test;
 
@@ -21,12 +23,18 @@ struct Cli {
 enum Verb {
     Setup(setup::Args),
     BuildEbpf(build_ebpf::Args),
+    Check(check::Args),
+    Test(test::Args),
+    Run(run::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup(args) => setup::main(&args),
         Verb::BuildEbpf(args) => build_ebpf::main(&args),
+        Verb::Check(args) => check::main(&args),
+        Verb::Test(args) => test::main(&args),
+        Verb::Run(args) => run::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
