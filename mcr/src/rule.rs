@@ -1,6 +1,10 @@
 //! What an operator means by a rule: the domain types, without I/O and without a wire format.
 
-use std::{fmt, net::IpAddr, net::Ipv4Addr, str::FromStr};
+use std::{
+    fmt::{self, Write},
+    net::{IpAddr, Ipv4Addr},
+    str::FromStr,
+};
 
 use thiserror::Error;
 
@@ -19,7 +23,7 @@ impl RuleName {
     pub fn derived(input: &Input) -> Self {
         let mut name = format!("r-{}-{}-{}", input.group, input.port, input.interface);
         if let Some(source) = input.source {
-            name.push_str(&format!("-{source}"));
+            let _ = write!(name, "-{source}");
         }
         Self(name.chars().map(|c| if is_name_char(c) { c } else { '_' }).collect())
     }
