@@ -2,6 +2,7 @@
 
 mod build_ebpf;
 mod check;
+mod demo;
 mod process;
 mod run;
 mod setup;
@@ -26,6 +27,7 @@ enum Verb {
     Check(check::Args),
     Test(test::Args),
     Run(run::Args),
+    Demo(demo::Args),
 }
 
 fn main() -> ExitCode {
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Verb::Check(args) => check::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::Run(args) => run::main(&args),
+        Verb::Demo(args) => demo::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
