@@ -40,8 +40,10 @@ pub struct Args {
     /// eBPF object in place of the embedded one
     #[arg(long, value_name = "FILE")]
     bpf_object: Option<PathBuf>,
+    /// How the log is written to stderr
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
+    /// What is logged; `mcr log-level set` changes it later
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t)]
     log_level: LogLevel,
 }

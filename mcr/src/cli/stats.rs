@@ -144,3 +144,98 @@ fn interfaces(interfaces: &[InterfaceStats], width: u16) -> String {
         rows,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::wire::OutputStats;
+
+    fn rule(name: &str, dropped: &[(&str, u64)]) -> RuleStats {
+        let output = OutputStats {
+            to: "239.2.2.2:6000@eth1,ttl=8".to_owned(),
+            received: 10_000,
+            sent: 9_000,
+            sent_bytes: 11_844_000,
+            sent_pps: 1_000.0,
+            dropped: dropped.iter().map(|&(reason, count)| (reason.to_owned(), count)).collect(),
+        };
+        RuleStats {
+            name: name.to_owned(),
+            origin: "cli".to_owned(),
+            datapath: Some("af-xdp".to_owned()),
+            input: "239.1.1.1:5000@eth0".to_owned(),
+            matched: 10_000,
+            received: 10_000,
+            received_bytes: 13_160_000,
+            received_pps: 1_000.0,
+            last_seen: None,
+            dropped: [].into(),
+            outputs: vec![output],
+        }
+    }
+
+    fn stats(rules: Vec<RuleStats>, interfaces: Vec<InterfaceStats>) -> Stats {
+        Stats {
+            schema: 1,
+            time: "2025-06-01T12:00:00Z".to_owned(),
+            since: "2025-06-01T09:00:00Z".to_owned(),
+            rules,
+            interfaces,
+            workers: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_worst_rule_stands_first() {
+        let interface = InterfaceStats {
+            name: "eth0".to_owned(),
+            verdicts: [("steered".to_owned(), 20_010), ("fragment".to_owned(), 3)].into(),
+            received: 20_000,
+            dropped: [("rx_ring_full".to_owned(), 10)].into(),
+            discarded: [].into(),
+        };
+        let rules = vec![rule("cam1", &[]), rule("cam2", &[("too_big", 7), ("queue_full", 993)])];
+        assert_eq!(
+            render(&stats(rules, vec![interface]), 100),
+            "\
+2025-06-01T12:00:00Z, counted since 2025-06-01T09:00:00Z
+
+RULE  RECEIVED -> SENT              DATAGRAMS    BYTES     RATE  DROPPED
+cam2  239.1.1.1:5000@eth0              10,000  13.2 MB  1.0 k/s  0
+      -> 239.2.2.2:6000@eth1,ttl=8      9,000  11.8 MB  1.0 k/s  993 queue_full
+                                                                 7 too_big
+cam1  239.1.1.1:5000@eth0              10,000  13.2 MB  1.0 k/s  0
+      -> 239.2.2.2:6000@eth1,ttl=8      9,000  11.8 MB  1.0 k/s  0
+
+INTERFACE  STEERED  RECEIVED  DROPPED          DISCARDED  OTHER VERDICTS
+eth0        20,010    20,000  10 rx_ring_full  0          3 fragment
+"
+        );
+    }
+
+    #[test]
+    fn no_rules_are_said_so() {
+        assert!(
+            render(&stats(Vec::new(), Vec::new()), 100).contains("no rules: add one with `mcr rule add`\n")
+        );
+    }
+
+    #[test]
+    fn lines_fit_whatever_the_names() {
+        let mut wide = rule(&"x".repeat(63), &[("a_reason_that_is_long", u64::MAX)]);
+        wide.input = "239.255.255.255:65535@abcdefghijklmno,source=192.168.100.200".to_owned();
+        for width in [40, 80, 100] {
+            let text = render(&stats(vec![wide.clone()], Vec::new()), width);
+            let table = text.lines().skip(2);
+            assert!(table.map(|line| line.chars().count()).max() <= Some(width.into()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_frame_never_scrolls() {
+        assert_eq!(frame("a\nb\n", 24), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
+        assert_eq!(frame("a\nb\nc\nd\n", 4), "\x1b[Ha\x1b[K\nb\x1b[K\n... and 2 more lines\x1b[K\n\x1b[J");
+        assert_eq!(frame("a\nb\nc\n", 4), "\x1b[Ha\x1b[K\nb\x1b[K\nc\x1b[K\n\x1b[J");
+        assert_eq!(frame("a\nb\n", 0), "\x1b[H... and 2 more lines\x1b[K\n\x1b[J");
+    }
+}

@@ -88,3 +88,97 @@ fn datapath(rule: &RuleInfo) -> String {
         None => format!("none yet (asked for: {})", rule.datapath_asked),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::wire::OutputInfo;
+
+    fn rule(outputs: &[&str]) -> RuleInfo {
+        let outputs = outputs.iter().map(|to| OutputInfo {
+            to: (*to).to_owned(),
+            health: Health::Active,
+            reason: None,
+        });
+        RuleInfo {
+            name: "cam1".to_owned(),
+            origin: "cli".to_owned(),
+            input: "239.1.1.1:5000@eth0".to_owned(),
+            outputs: outputs.collect(),
+            datapath: Some("af-xdp".to_owned()),
+            datapath_asked: "auto".to_owned(),
+            datapath_why: "eth0 has native XDP; the host itself sees nothing of it on ingress".to_owned(),
+            merge: false,
+            link_local: true,
+            health: Health::Active,
+            reason: None,
+        }
+    }
+
+    #[test]
+    fn an_outcome_is_a_line() {
+        let one = rule(&["239.2.2.2:6000@eth1"]);
+        let pending =
+            RuleInfo { health: Health::Pending, reason: Some("eth1 is down".to_owned()), ..one.clone() };
+        let many = rule(&["a", "b", "c", "d", "e"]);
+        let place = "cam1: 239.1.1.1:5000@eth0 -> 239.2.2.2:6000@eth1";
+        for (outcome, rule, line) in [
+            (Outcome::Added, one.clone(), format!("added {place}\n")),
+            (Outcome::Unchanged, one, format!("unchanged {place}\n")),
+            (Outcome::Added, pending.clone(), format!("added {place} (pending: eth1 is down)\n")),
+            (Outcome::Removed, pending, format!("removed {place}\n")),
+            (Outcome::Changed, many, "changed cam1: 239.1.1.1:5000@eth0 -> a, b, c, and 2 more\n".to_owned()),
+        ] {
+            assert_eq!(super::outcome(&RuleOutcome { schema: 1, outcome, rule, warnings: Vec::new() }), line);
+        }
+    }
+
+    #[test]
+    fn rules_are_a_table() {
+        let mut second = rule(&["a", "b", "c", "d"]);
+        second.name = "cam2".to_owned();
+        second.datapath = None;
+        (second.health, second.reason) = (Health::Failed, Some("no memory".to_owned()));
+        let rules = RuleList { schema: 1, rules: vec![rule(&["239.2.2.2:6000@eth1"]), second] };
+        assert_eq!(
+            list(&rules, 100),
+            "\
+RULE  IN                   OUT                  DATAPATH  STATE
+cam1  239.1.1.1:5000@eth0  239.2.2.2:6000@eth1  af-xdp    active
+cam2  239.1.1.1:5000@eth0  a                    -         failed: no memory
+                           b
+                           c
+                           d
+"
+        );
+    }
+
+    #[test]
+    fn no_rules_say_how_to_add_one() {
+        let text = list(&RuleList { schema: 1, rules: Vec::new() }, 100);
+        assert!(text.starts_with("no rules: add one with `mcr rule add --in "), "{text}");
+    }
+
+    #[test]
+    fn a_rule_shows_its_outputs_and_why_its_datapath() {
+        let mut rule = rule(&["239.2.2.2:6000@eth1", "239.3.3.3:7000@eth2"]);
+        (rule.outputs[1].health, rule.outputs[1].reason) =
+            (Health::Pending, Some("eth2 has no address".to_owned()));
+        assert_eq!(
+            show(&RuleShow { schema: 1, rule }, 60),
+            "\
+rule        cam1
+state       active
+in          239.1.1.1:5000@eth0
+out         239.2.2.2:6000@eth1  active
+            239.3.3.3:7000@eth2  pending: eth2 has no
+            address
+datapath    af-xdp (asked for: auto)
+why         eth0 has native XDP; the host itself sees
+            nothing of it on ingress
+origin      cli
+link-local  yes
+"
+        );
+    }
+}
