@@ -1,7 +1,10 @@
 //! The project's own verbs, as `cargo xtask VERB`: one file each.
 
 mod build_ebpf;
+mod check;
+mod demo;
 mod process;
+mod run;
 mod setup;
 mod test;
 
@@ -21,12 +24,20 @@ struct Cli {
 enum Verb {
     Setup(setup::Args),
     BuildEbpf(build_ebpf::Args),
+    Check(check::Args),
+    Test(test::Args),
+    Run(run::Args),
+    Demo(demo::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup(args) => setup::main(&args),
         Verb::BuildEbpf(args) => build_ebpf::main(&args),
+        Verb::Check(args) => check::main(&args),
+        Verb::Test(args) => test::main(&args),
+        Verb::Run(args) => run::main(&args),
+        Verb::Demo(args) => demo::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
