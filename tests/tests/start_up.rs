@@ -1,0 +1,239 @@
+//! What the daemon needs of the machine: what is missing is one clear line.
+
+use std::{
+    fs, io,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    process::Command,
+};
+
+use mcr_common::abi;
+use tests::{
+    Process, Relay, Site,
+    bpf::{self, FOREIGN_NAME, ForeignXdp},
+    relay::{CALL, binary},
+};
+
+const CAP_NET_ADMIN: libc::c_ulong = 12;
+const CAP_NET_RAW: libc::c_ulong = 13;
+const CAP_SYS_ADMIN: libc::c_ulong = 21;
+const CAP_BPF: libc::c_ulong = 39;
+
+/// Makes the command run without these capabilities, as root's exec takes what the bounding set leaves.
+fn without_capabilities(command: &mut Command, capabilities: &'static [libc::c_ulong]) {
+    // SAFETY: between fork and exec the closure makes system calls only.
+    unsafe {
+        command.pre_exec(move || {
+            for capability in capabilities {
+                if libc::prctl(libc::PR_CAPBSET_DROP, *capability, 0, 0, 0) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Makes the command run with one system call answered by an error.
+fn without_syscall(command: &mut Command, syscall: libc::c_long, errno: i32) {
+    let instruction = |code: u32, k: u32, jf: u8| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let number = u32::try_from(syscall).expect("a system call's number");
+    // A = the system call's number; if it is this one, answer the error; otherwise allow.
+    let filter = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, number, 1),
+        instruction(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned(), 0),
+        instruction(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    // SAFETY: between fork and exec the closure makes system calls only; the filter is its own copy and
+    // is as long as is said.
+    unsafe {
+        command.pre_exec(move || {
+            let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+            if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) != 0
+            {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Checks that the daemon refuses to start with a line that contains `words`, and leaves no trace.
+#[track_caller]
+fn check(site: &Site, command: &mut Command, words: &[&str]) {
+    let line = Relay::refused(command);
+    for word in words {
+        assert!(line.contains(word), "no '{word}' in: {line}");
+    }
+    assert!(!site.scratch.dir().join("mcr.sock").exists(), "a socket file is left");
+    assert_eq!(site.relay.processes(), [0u32; 0]);
+}
+
+#[test]
+fn what_these_tests_take_away_is_gone() {
+    let site = Site::default();
+    let mut command = site.relay.command("cat");
+    command.arg("/proc/self/status");
+    without_capabilities(&mut command, &[CAP_NET_ADMIN, CAP_BPF]);
+    without_syscall(&mut command, libc::SYS_io_uring_setup, libc::EPERM);
+    let answer = Process::spawn(&mut command).answer(CALL);
+    let field = |name: &str| {
+        let line = answer.ok().lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_whitespace().nth(1)).unwrap_or_else(|| panic!("no {name}: {answer}"))
+    };
+    let effective = u64::from_str_radix(field("CapEff:"), 16).unwrap();
+    assert_eq!(effective & (1 << CAP_NET_ADMIN | 1 << CAP_BPF), 0);
+    assert_ne!(effective & 1 << CAP_NET_RAW, 0);
+    assert_eq!(field("Seccomp:"), "2");
+}
+
+#[test]
+fn a_missing_capability_is_named() {
+    let site = Site::default();
+    for (capabilities, name) in [
+        (&[CAP_NET_ADMIN][..], "CAP_NET_ADMIN"),
+        (&[CAP_NET_RAW], "CAP_NET_RAW"),
+        // Either of the two lets a process use BPF.
+        (&[CAP_BPF, CAP_SYS_ADMIN], "CAP_BPF"),
+    ] {
+        let mut command = Relay::command(&site);
+        without_capabilities(&mut command, capabilities);
+        check(&site, &mut command, &[name]);
+    }
+}
+
+#[test]
+fn io_uring_that_is_blocked_is_named() {
+    let site = Site::default();
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let mut command = Relay::command(&site);
+        without_syscall(&mut command, libc::SYS_io_uring_setup, errno);
+        check(&site, &mut command, &["io_uring"]);
+    }
+}
+
+#[test]
+fn bpf_that_is_blocked_is_named() {
+    let site = Site::default();
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let mut command = Relay::command(&site);
+        without_syscall(&mut command, libc::SYS_bpf, errno);
+        let line = Relay::refused(&mut command);
+        assert!(line.to_lowercase().contains("bpf"), "{line}");
+    }
+}
+
+#[test]
+fn an_object_of_another_version_is_refused_with_both() {
+    let site = Site::default();
+    let file = site.scratch.dir().join("other.bpf.o");
+    fs::write(&file, bpf::object_of_abi(77)).unwrap();
+    let ours = abi::ABI_VERSION.to_string();
+    check(&site, Relay::command(&site).arg("--bpf-object").arg(&file), &["77", &ours]);
+}
+
+#[test]
+fn what_is_no_object_is_refused() {
+    let site = Site::default();
+    let file = site.scratch.dir().join("not.bpf.o");
+    for content in [&b""[..], b"\x7fELF and then nothing", b"a text"] {
+        fs::write(&file, content).unwrap();
+        check(&site, Relay::command(&site).arg("--bpf-object").arg(&file), &["not.bpf.o"]);
+    }
+    let missing = site.scratch.dir().join("missing.bpf.o");
+    check(&site, Relay::command(&site).arg("--bpf-object").arg(missing), &["missing.bpf.o"]);
+}
+
+#[test]
+fn the_object_may_be_given_as_a_file() {
+    let site = Site::default();
+    let file = site.scratch.dir().join("same.bpf.o");
+    fs::write(&file, bpf::object()).unwrap();
+    let relay = Relay::start_with(&site, &["--bpf-object", file.to_str().unwrap()]);
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+}
+
+#[test]
+fn a_socket_path_that_is_too_long_is_refused() {
+    let site = Site::default();
+    // sun_path has 108 bytes.
+    let long = site.scratch.dir().join("s".repeat(120));
+    let mut command = site.relay.command(binary());
+    command.args(["run", "--control"]).arg(&long).arg("--pin-root").arg(site.scratch.pin_root());
+    let line = Relay::refused(&mut command);
+    assert!(line.contains("long"), "{line}");
+    let mut command = site.relay.command(binary());
+    let answer = Process::spawn(command.args(["ping", "--control"]).arg(&long)).answer(CALL);
+    assert!(answer.refused(1).contains("long"), "{answer}");
+}
+
+#[test]
+fn without_permission_on_the_socket_a_call_is_1_and_says_so() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    // Where anyone can run it, wherever the workspace is.
+    let program = site.scratch.dir().join("mcr");
+    fs::copy(binary(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(site.scratch.dir(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = site.relay.command(&program);
+    command.args(["ping", "--control"]).arg(relay.control());
+    // SAFETY: between fork and exec the closure makes system calls only.
+    unsafe {
+        command.pre_exec(|| {
+            let nobody = 65_534;
+            if libc::setgroups(0, std::ptr::null()) != 0
+                || libc::setgid(nobody) != 0
+                || libc::setuid(nobody) != 0
+            {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    let answer = Process::spawn(&mut command).answer(CALL);
+    assert!(answer.refused(1).to_lowercase().contains("permission"), "{answer}");
+}
+
+#[test]
+fn a_strangers_program_in_the_slot_is_named_and_left_alone() {
+    let site = Site::default();
+    let foreign = ForeignXdp::attach(&site.relay, "in0");
+    let relay = Relay::start(&site);
+    let attached =
+        || site.relay.json("ip", &["-j", "-d", "link", "show", "in0"])[0]["xdp"]["prog"]["id"].clone();
+    let call = [
+        "rule",
+        "add",
+        "cam1",
+        "--datapath",
+        "af-xdp",
+        "--in",
+        "239.1.1.1:5000@in0",
+        "--out",
+        "239.2.2.2:6000@out0",
+    ];
+    let answer = relay.cli(&call);
+    let line = answer.refused(1);
+    assert!(line.contains("in0"), "{answer}");
+    assert!(line.contains(FOREIGN_NAME) || line.contains(&foreign.id.to_string()), "{answer}");
+    assert_eq!(attached(), foreign.id);
+    // Once the slot is free, the same call is done.
+    drop(foreign);
+    relay.cli(&call).ok();
+    relay.wait_until_active("cam1");
+    assert!(!attached().is_null());
+}
+
+#[test]
+fn a_strangers_program_on_another_interface_is_no_hindrance() {
+    let site = Site::default();
+    let foreign = ForeignXdp::attach(&site.relay, "out1");
+    let relay = Relay::start(&site);
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    relay.remove("cam1");
+    drop(relay);
+    let links = site.relay.json("ip", &["-j", "-d", "link", "show", "out1"]);
+    assert_eq!(links[0]["xdp"]["prog"]["id"], foreign.id);
+}
