@@ -17,6 +17,8 @@ pub mod map {
     pub const RULES: &str = "mcr_rules";
     /// Per-CPU array of one entry: [`Verdicts`](crate::counters::Verdicts).
     pub const VERDICTS: &str = "mcr_verdicts";
+    /// Per-CPU array by RX queue: [`QueueCounters`](crate::counters::QueueCounters).
+    pub const QUEUES: &str = "mcr_queues";
     /// XSKMAP by RX queue.
     pub const SOCKETS: &str = "mcr_sockets";
 }

@@ -16,6 +16,14 @@ pub struct RuleCounters {
     pub looped: u64,
 }
 
+/// Counters of one RX queue.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueCounters {
+    /// Frames redirected to the queue's AF_XDP socket.
+    pub steered: u64,
+}
+
 /// What became of every frame of an interface. The fields add up to the frames seen.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,11 +97,15 @@ impl Verdicts {
 }
 
 const _: () = assert!(size_of::<RuleCounters>() == 4 * 8);
+const _: () = assert!(size_of::<QueueCounters>() == 8);
 const _: () = assert!(size_of::<Verdicts>() == 14 * 8);
 
 // SAFETY: repr(C), u64 fields only: no padding, any bit pattern is a value.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for RuleCounters {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for QueueCounters {}
 // SAFETY: as above.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Verdicts {}

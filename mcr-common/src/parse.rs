@@ -21,8 +21,8 @@ const FRAGMENT_MASK: u16 = 0x3fff;
 
 /// How the parser reaches a frame, from its Ethernet header on.
 pub trait Bytes {
-    /// The frame's length.
-    fn len(&self) -> usize;
+    /// The frame's length in bytes.
+    fn length(&self) -> usize;
 
     /// `N` bytes at `offset`, or `None` where the frame ends before.
     fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
@@ -30,8 +30,8 @@ pub trait Bytes {
 
 impl Bytes for &[u8] {
     #[inline]
-    fn len(&self) -> usize {
-        <[u8]>::len(self)
+    fn length(&self) -> usize {
+        self.len()
     }
 
     #[inline]
@@ -120,7 +120,7 @@ pub fn parse(frame: &impl Bytes) -> Result<Datagram, Reject> {
     if total_len < IPV4_LEN + UDP_LEN {
         return Err(Reject::Malformed);
     }
-    if ETHERNET_LEN + total_len > frame.len() {
+    if ETHERNET_LEN + total_len > frame.length() {
         return Err(Reject::Truncated);
     }
 

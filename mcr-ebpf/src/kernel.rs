@@ -24,7 +24,7 @@ impl Frame {
 
 impl Bytes for Frame {
     #[inline(always)]
-    fn len(&self) -> usize {
+    fn length(&self) -> usize {
         self.end - self.start
     }
 

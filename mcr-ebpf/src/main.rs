@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use mcr_common::{
     abi,
-    counters::{RuleCounters, Verdicts},
+    counters::{QueueCounters, RuleCounters, Verdicts},
     flow::{FlowKey4, FlowValue, action},
     parse::{self, Datagram},
 };
@@ -34,6 +34,9 @@ static RULES: PerCpuArray<RuleCounters, { abi::DEFAULT_MAX_RULES as usize }> = P
 
 #[btf_map(name = "mcr_verdicts")]
 static VERDICTS: PerCpuArray<Verdicts, 1> = PerCpuArray::new();
+
+#[btf_map(name = "mcr_queues")]
+static QUEUES: PerCpuArray<QueueCounters, { abi::DEFAULT_QUEUES as usize }> = PerCpuArray::new();
 
 #[btf_map(name = "mcr_sockets")]
 static SOCKETS: XskMap<{ abi::DEFAULT_QUEUES as usize }> = XskMap::new();
@@ -86,8 +89,12 @@ fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
         }
         action::PASS => Verdict::AfPacket,
         _ => {
+            let queue = ctx.rx_queue_index();
             // With an empty slot the helper answers the action in the flags' low bits.
-            if SOCKETS.redirect(ctx.rx_queue_index(), u64::from(xdp_action::XDP_PASS)).is_ok() {
+            if SOCKETS.redirect(queue, u64::from(xdp_action::XDP_PASS)).is_ok() {
+                if let Some(queue) = kernel::slot(&QUEUES, queue) {
+                    count(&mut queue.steered, 1);
+                }
                 #[cfg(feature = "log")]
                 aya_log_ebpf::debug!(ctx, "steered a datagram of rule slot {}", flow.rule);
                 Verdict::Steered

@@ -2,4 +2,12 @@
 
 pub mod api;
 pub mod cli;
+pub mod datapath;
+pub mod ebpf;
+pub mod net;
 pub mod rule;
+pub mod ruleset;
+pub mod supervisor;
+pub mod sys;
+pub mod traffic;
+pub mod worker;

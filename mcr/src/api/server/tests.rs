@@ -1,0 +1,321 @@
+//! The server against clients that behave and clients that do not, over real sockets.
+
+use std::{
+    io::{BufRead, BufReader as StdBufReader, ErrorKind, Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream as Stream,
+    path::PathBuf,
+    thread::JoinHandle,
+    time::Instant,
+};
+
+use serde_json::json;
+
+use super::*;
+use crate::api::{
+    client::{Client, ClientError},
+    scratch::Scratch,
+    socket::{ControlLock, bind},
+    wire::{LogLevel, LogLevelInfo, Pong, RuleList, RuleRef},
+};
+
+/// A server whose supervisor answers every call with what it was asked.
+struct Server {
+    path: PathBuf,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<Vec<Request>>>,
+    _dir: Scratch,
+}
+
+const QUICK: Duration = Duration::from_millis(100);
+const PING: &[u8] = b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}\n";
+
+impl Server {
+    fn start(limits: Limits) -> Self {
+        let dir = Scratch::new();
+        let path = dir.path().join("mcr.sock");
+        let lock = ControlLock::acquire(&path).unwrap();
+        let listener = bind(&lock).unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::spawn(move || {
+            let _lock = lock;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let (calls, mut asked) = mpsc::channel(16);
+                let listener = UnixListener::from_std(listener).unwrap();
+                let shutdown = async { drop(stopped.await) };
+                let supervisor = async {
+                    let mut seen = Vec::new();
+                    while let Some(call) = asked.recv().await {
+                        answer(call, &mut seen);
+                    }
+                    seen
+                };
+                tokio::join!(serve(listener, calls, shutdown, limits), supervisor).1
+            })
+        });
+        Self { path, stop: Some(stop), thread: Some(thread), _dir: dir }
+    }
+
+    fn with_quick_limits() -> Self {
+        Self::start(Limits { idle: QUICK, write: QUICK, ..Limits::default() })
+    }
+
+    fn connect(&self) -> Stream {
+        let stream = Stream::connect(&self.path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+
+    fn assert_well(&self) {
+        Client::connect(&self.path).unwrap().call::<Pong>(&Request::Ping).unwrap();
+    }
+
+    /// Ends the server; what it was asked, in order.
+    fn end(mut self) -> Vec<Request> {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+fn answer(call: Call, seen: &mut Vec<Request>) {
+    assert_eq!(call.peer.pid, i32::try_from(std::process::id()).ok());
+    assert_eq!(call.peer.uid, nix::unistd::getuid().as_raw());
+    let answer = match &call.request {
+        Request::Ping => Ok(json!(Pong { schema: 1, version: "test".into(), pid: std::process::id() })),
+        Request::LogLevelSet(LogLevel { level }) => {
+            Ok(json!(LogLevelInfo { schema: 1, level: level.clone() }))
+        }
+        Request::RuleShow(RuleRef { name }) => Err(Error::unknown_rule(name)),
+        // Far more than a socket buffers.
+        Request::Stats(_) => Ok(json!("x".repeat(4 << 20))),
+        Request::RuleList => return seen.push(call.request),
+        _ => Ok(Value::Null),
+    };
+    seen.push(call.request);
+    let _ = call.reply.send(answer);
+}
+
+/// The one line that a server says before it closes.
+fn last_words(stream: Stream) -> Value {
+    let mut text = String::new();
+    match StdBufReader::new(stream).read_to_string(&mut text) {
+        Err(error) if error.kind() != ErrorKind::ConnectionReset => panic!("{error}"),
+        _ => {}
+    }
+    assert_eq!(text.lines().count(), 1, "{text}");
+    serde_json::from_str(&text).unwrap()
+}
+
+fn read_response(reader: &mut impl BufRead) -> Value {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    serde_json::from_str(&line).unwrap()
+}
+
+#[test]
+fn a_silent_client_is_closed_and_disturbs_no_one() {
+    let server = Server::with_quick_limits();
+    let mut silent = server.connect();
+    server.assert_well();
+    assert_eq!(silent.read(&mut [0; 16]).unwrap(), 0);
+    server.assert_well();
+}
+
+#[test]
+fn half_a_request_is_answered_and_closed() {
+    let server = Server::with_quick_limits();
+    let mut waiting = server.connect();
+    waiting.write_all(&PING[..20]).unwrap();
+    server.assert_well();
+    assert_eq!(last_words(waiting)["error"]["code"], code::PARSE);
+    let mut closing = server.connect();
+    closing.write_all(&PING[..20]).unwrap();
+    closing.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(last_words(closing)["error"]["code"], code::PARSE);
+    server.assert_well();
+}
+
+#[test]
+fn a_byte_now_and_then_does_not_hold_a_connection() {
+    let server = Server::with_quick_limits();
+    let mut slow = server.connect();
+    slow.set_read_timeout(Some(QUICK / 4)).unwrap();
+    let start = Instant::now();
+    let mut first = [0; 1];
+    loop {
+        let _ = slow.write_all(b" ");
+        match slow.read(&mut first) {
+            Ok(_) => break,
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+        }
+        assert!(start.elapsed() < 50 * QUICK);
+    }
+    assert_eq!(&first, b"{");
+}
+
+#[test]
+fn garbage_is_answered_and_the_connection_goes_on() {
+    let server = Server::start(Limits::default());
+    let mut stream = server.connect();
+    stream.write_all(b"GET / HTTP/1.1\r\n\xff\xfe\x00\n[1]\n\n").unwrap();
+    stream.write_all(PING).unwrap();
+    let mut reader = StdBufReader::new(stream);
+    for expected in [code::PARSE, code::PARSE, code::INVALID_REQUEST, code::PARSE] {
+        assert_eq!(read_response(&mut reader)["error"]["code"], expected);
+    }
+    assert_eq!(read_response(&mut reader)["result"]["version"], "test");
+}
+
+#[test]
+fn a_megabyte_is_refused_and_closed() {
+    let server = Server::start(Limits::default());
+    let mut stream = server.connect();
+    if let Err(error) = stream.write_all(&vec![b'x'; 1 << 20]) {
+        assert!(matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
+    }
+    assert_eq!(last_words(stream)["error"]["message"], "a request has at most 262144 bytes");
+    server.assert_well();
+}
+
+#[test]
+fn the_longest_request_is_served_and_one_byte_more_is_not() {
+    let server = Server::start(Limits::default());
+    let request = |bytes: usize| {
+        let mut line = PING[..PING.len() - 1].to_vec();
+        line.resize(bytes - 1, b' ');
+        line.push(b'\n');
+        line
+    };
+    let mut stream = server.connect();
+    stream.write_all(&request(wire::MAX_REQUEST_BYTES)).unwrap();
+    let mut reader = StdBufReader::new(stream.try_clone().unwrap());
+    assert_eq!(read_response(&mut reader)["result"]["version"], "test");
+    let _ = stream.write_all(&request(wire::MAX_REQUEST_BYTES + 1));
+    assert_eq!(read_response(&mut reader)["error"]["code"], code::INVALID_REQUEST);
+}
+
+#[test]
+fn fifty_at_once_are_all_served() {
+    let server = Server::start(Limits::default());
+    std::thread::scope(|scope| {
+        for number in 0..50 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut client = Client::connect(&server.path).unwrap();
+                for round in 0..20 {
+                    let level = format!("{number}/{round}");
+                    let request = Request::LogLevelSet(LogLevel { level: level.clone() });
+                    assert_eq!(client.call::<LogLevelInfo>(&request).unwrap().level, level);
+                }
+            });
+        }
+    });
+    assert_eq!(server.end().len(), 1000);
+}
+
+#[test]
+fn a_thousand_connections_in_a_row_are_all_served() {
+    let server = Server::start(Limits::default());
+    for _ in 0..1000 {
+        server.assert_well();
+    }
+}
+
+#[test]
+fn many_requests_in_one_write_are_answered_in_order() {
+    let server = Server::start(Limits::default());
+    let mut stream = server.connect();
+    let mut lines = Vec::new();
+    for id in 0..500 {
+        let request = Request::LogLevelSet(LogLevel { level: id.to_string() });
+        lines.extend(rpc::request_line(id, &request).unwrap());
+    }
+    stream.write_all(&lines).unwrap();
+    let mut reader = StdBufReader::new(stream);
+    for id in 0..500 {
+        let response = read_response(&mut reader);
+        assert_eq!((&response["id"], &response["result"]["level"]), (&json!(id), &json!(id.to_string())));
+    }
+}
+
+#[test]
+fn a_notification_is_carried_out_and_not_answered() {
+    let server = Server::start(Limits::default());
+    let mut stream = server.connect();
+    stream.write_all(b"{\"jsonrpc\":\"2.0\",\"method\":\"stop\"}\n").unwrap();
+    stream.write_all(PING).unwrap();
+    assert_eq!(read_response(&mut StdBufReader::new(stream))["id"], 1);
+    assert_eq!(server.end(), [Request::Stop, Request::Ping]);
+}
+
+#[test]
+fn a_client_that_never_reads_is_cut_and_holds_no_one() {
+    let server = Server::with_quick_limits();
+    let mut deaf = server.connect();
+    deaf.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"stats\"}\n").unwrap();
+    server.assert_well();
+    // The server gives up: what it had written is all there is, and no newline ends it.
+    let start = Instant::now();
+    while deaf.write_all(b" ").is_ok() {
+        assert!(start.elapsed() < 50 * QUICK, "the server still holds the connection");
+        server.assert_well();
+    }
+    let mut text = Vec::new();
+    let _ = deaf.read_to_end(&mut text);
+    assert!(text.len() < 4 << 20 && !text.ends_with(b"\n"));
+}
+
+#[test]
+fn the_newest_of_too_many_is_turned_away() {
+    let server = Server::start(Limits { connections: 3, ..Limits::default() });
+    let mut clients: Vec<_> = (0..3).map(|_| Client::connect(&server.path).unwrap()).collect();
+    for client in &mut clients {
+        client.call::<Pong>(&Request::Ping).unwrap();
+    }
+    let error = Client::connect(&server.path).unwrap().call::<Pong>(&Request::Ping).unwrap_err();
+    match error {
+        ClientError::Refused(error) => {
+            assert_eq!(error.code, code::BUSY);
+            assert_eq!(error.message, "the daemon serves 3 connections already: try again");
+        }
+        other => panic!("{other}"),
+    }
+    clients[0].call::<Pong>(&Request::Ping).unwrap();
+    drop(clients);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Client::connect(&server.path).unwrap().call::<Pong>(&Request::Ping).is_err() {
+        assert!(Instant::now() < deadline, "closed connections still count");
+    }
+}
+
+#[test]
+fn errors_of_the_supervisor_arrive_with_their_code() {
+    let server = Server::start(Limits::default());
+    let request = Request::RuleShow(RuleRef { name: "cam9".to_owned() });
+    match Client::connect(&server.path).unwrap().call::<Value>(&request).unwrap_err() {
+        ClientError::Refused(error) => assert_eq!(error, Error::unknown_rule("cam9")),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_dropped_call_is_answered() {
+    let server = Server::start(Limits::default());
+    let error = Client::connect(&server.path).unwrap().call::<RuleList>(&Request::RuleList).unwrap_err();
+    assert_eq!(error.to_string(), "the daemon is ending");
+}
+
+#[test]
+fn the_end_closes_connections_and_leaves_nothing() {
+    let server = Server::start(Limits::default());
+    let mut idle = server.connect();
+    server.assert_well();
+    let path = server.path.clone();
+    let start = Instant::now();
+    server.end();
+    assert!(start.elapsed() < Limits::default().grace);
+    assert_eq!(idle.read(&mut [0; 16]).unwrap(), 0);
+    assert!(!path.exists());
+}

@@ -1,0 +1,163 @@
+//! `mcr run`: the daemon's arguments to its settings.
+
+use std::{num::NonZeroU32, path::PathBuf};
+
+use crate::{
+    rule::DatapathChoice,
+    supervisor::{
+        self,
+        settings::{DEFAULT_CONTROL, DEFAULT_MAX_RULES, DEFAULT_PIN_ROOT, LogFormat, LogLevel, Settings},
+    },
+};
+
+/// CPUs that a CPU set of the kernel's interface has room for.
+const MAX_CPU: u32 = 1023;
+
+/// Run the relay daemon in the foreground
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Datapath of rules that name none: auto, redirect, af-xdp or af-packet
+    #[arg(long, value_name = "DATAPATH", default_value = "auto", value_parser = str::parse::<DatapathChoice>)]
+    datapath: DatapathChoice,
+    /// Workers per ingress interface [default: as many as it has RX queues, at most 4]
+    #[arg(long, value_name = "N")]
+    workers: Option<NonZeroU32>,
+    /// CPUs that workers are pinned to, like 0-3,6
+    #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
+    cpus: Option<CpuList>,
+    /// The control socket to listen on
+    #[arg(long, value_name = "PATH", env = "MCR_CONTROL", default_value = DEFAULT_CONTROL)]
+    control: PathBuf,
+    /// Directory on bpffs under which program, maps and link are pinned
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_PIN_ROOT)]
+    pin_root: PathBuf,
+    /// UDP source port of what is sent [default: one that is free, the same for the daemon's life]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    source_port: Option<u16>,
+    /// Rules that the maps are sized for
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_RULES, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    max_rules: u32,
+    /// eBPF object in place of the embedded one
+    #[arg(long, value_name = "FILE")]
+    bpf_object: Option<PathBuf>,
+    /// How the log is written to stderr
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    log_format: LogFormat,
+    /// What is logged; `mcr log-level set` changes it later
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t)]
+    log_level: LogLevel,
+}
+
+impl Args {
+    pub fn run(self) -> anyhow::Result<()> {
+        supervisor::run(self.into())
+    }
+}
+
+impl From<Args> for Settings {
+    fn from(args: Args) -> Self {
+        Self {
+            datapath: args.datapath,
+            workers: args.workers,
+            cpus: args.cpus.map(|CpuList(cpus)| cpus),
+            control: args.control,
+            pin_root: args.pin_root,
+            source_port: args.source_port,
+            max_rules: args.max_rules,
+            bpf_object: args.bpf_object,
+            log_format: args.log_format,
+            log_level: args.log_level,
+        }
+    }
+}
+
+/// A list of CPUs, ascending, each once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct CpuList(Vec<u32>);
+
+fn parse_cpus(text: &str) -> Result<CpuList, String> {
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        match (parse_cpu(first)?, parse_cpu(last)?) {
+            (first, last) if first <= last => cpus.extend(first..=last),
+            _ => return Err(format!("the range {part} ends before it begins")),
+        }
+    }
+    cpus.sort_unstable();
+    cpus.dedup();
+    Ok(CpuList(cpus))
+}
+
+fn parse_cpu(number: &str) -> Result<u32, String> {
+    match number.parse() {
+        Ok(cpu @ 0..=MAX_CPU) => Ok(cpu),
+        _ => Err(format!("'{number}' is no CPU: write numbers from 0 to {MAX_CPU} and ranges, like 0-3,6")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rule::Datapath;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Run {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn settings(line: &str) -> Result<Settings, clap::Error> {
+        Run::try_parse_from(std::iter::once("run").chain(line.split_whitespace())).map(|run| run.args.into())
+    }
+
+    #[test]
+    fn arguments_become_settings() {
+        let given = settings(
+            "--datapath af-xdp --workers 2 --cpus 6,0-3 --control /tmp/s --pin-root /tmp/bpf --source-port 7000 \
+             --max-rules 10 --bpf-object a.o --log-format json --log-level debug",
+        );
+        let expected = Settings {
+            datapath: DatapathChoice(Some(Datapath::AfXdp)),
+            workers: NonZeroU32::new(2),
+            cpus: Some(vec![0, 1, 2, 3, 6]),
+            control: "/tmp/s".into(),
+            pin_root: "/tmp/bpf".into(),
+            source_port: Some(7000),
+            max_rules: 10,
+            bpf_object: Some("a.o".into()),
+            log_format: LogFormat::Json,
+            log_level: LogLevel::Debug,
+        };
+        assert_eq!(given.unwrap(), expected);
+    }
+
+    #[test]
+    fn nothing_given_is_the_defaults() {
+        let given = settings("--control /tmp/s").unwrap();
+        assert_eq!((given.datapath, given.workers, given.cpus), (DatapathChoice(None), None, None));
+        assert_eq!((given.max_rules, given.pin_root), (4096, DEFAULT_PIN_ROOT.into()));
+        assert_eq!((given.log_format, given.log_level), (LogFormat::Text, LogLevel::Info));
+    }
+
+    #[test]
+    fn bad_arguments_are_refused() {
+        for line in [
+            "--datapath fast",
+            "--workers 0",
+            "--cpus 3-1",
+            "--cpus 0,,1",
+            "--cpus 1024",
+            "--cpus 0-4294967295",
+            "--source-port 0",
+            "--source-port 65536",
+            "--max-rules 0",
+            "--log-level loud",
+            "--log-format xml",
+        ] {
+            let error = settings(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

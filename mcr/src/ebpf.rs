@@ -1,0 +1,393 @@
+//! The eBPF object: load, attach, pin, fill maps, read counters. The only user of aya.
+
+use std::{
+    borrow::Cow,
+    fs, io,
+    os::fd::{AsRawFd, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, XskMap},
+    programs::{
+        Xdp, XdpMode,
+        links::{FdLink, PinnedLink},
+        loaded_programs,
+    },
+};
+use mcr_common::{
+    abi::{self, map},
+    counters::{QueueCounters, RuleCounters, Verdicts},
+    flow::{FlowKey4, FlowValue},
+};
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
+use thiserror::Error;
+
+use crate::rule::{IfIndex, InterfaceName, QueueId, RuleSlot};
+
+/// Built by `cargo xtask build-ebpf`.
+static EMBEDDED: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/mcr.bpf.o"));
+
+#[derive(Debug, Error)]
+pub enum ObjectError {
+    #[error("the eBPF object {path} cannot be read: {source}")]
+    Read { path: String, source: io::Error },
+    #[error("{path} is no eBPF object of mcr: {why}; build one with `cargo xtask build-ebpf`")]
+    Foreign { path: String, why: String },
+    #[error(
+        "the eBPF object {path} has ABI version {found}, this mcr needs {needed}: use an object and a daemon of one build"
+    )]
+    Abi { path: String, found: u32, needed: u32 },
+}
+
+#[derive(Debug, Error)]
+pub enum AttachError {
+    #[error("{interface} ({kind}) has no native XDP: use an interface whose driver has it")]
+    NoNativeXdp { interface: InterfaceName, kind: String },
+    #[error(
+        "{interface} has too few RX queues for XDP: a veth needs as many as its peer has TX queues; see `ethtool -l {interface}`"
+    )]
+    TooFewQueues { interface: InterfaceName },
+    #[error("the MTU of {interface} is too large for XDP ({mtu}): lower it, on a veth on both ends")]
+    Mtu { interface: InterfaceName, mtu: u32 },
+    #[error(
+        "{interface} has another XDP program attached, {program}: mcr leaves it alone; detach it, or relay from another interface"
+    )]
+    SlotTaken { interface: InterfaceName, program: String },
+    #[error(
+        "XDP on {interface} was refused for want of a capability: run mcr with CAP_BPF and CAP_NET_ADMIN"
+    )]
+    Permission { interface: InterfaceName },
+    #[error("the XDP program cannot be loaded for {interface}: {source}")]
+    Load { interface: InterfaceName, source: Box<EbpfError> },
+    #[error("the XDP program cannot be attached to {interface}: {source}")]
+    Attach { interface: InterfaceName, source: io::Error },
+    #[error("{path} cannot be pinned: {why}; is a bpffs mounted there?")]
+    Pin { path: PathBuf, why: String },
+}
+
+#[derive(Debug, Error)]
+#[error("the eBPF map {map} was not {what}: {source}")]
+pub struct MapAccessError {
+    map: &'static str,
+    what: &'static str,
+    source: MapError,
+}
+
+/// An eBPF object whose ABI is known to be ours.
+#[derive(Debug)]
+pub struct Object(Cow<'static, [u8]>);
+
+impl Object {
+    /// The object in `path`, or the one that this binary embeds.
+    pub fn open(path: Option<&Path>) -> Result<Self, ObjectError> {
+        let Some(path) = path else { return Self::check(EMBEDDED.into(), "embedded in this binary") };
+        let name = path.display().to_string();
+        match fs::read(path) {
+            Ok(bytes) => Self::check(bytes.into(), &name),
+            Err(source) => Err(ObjectError::Read { path: name, source }),
+        }
+    }
+
+    fn check(bytes: Cow<'static, [u8]>, path: &str) -> Result<Self, ObjectError> {
+        let found = abi_version(&bytes).map_err(|why| ObjectError::Foreign { path: path.to_owned(), why })?;
+        if found == abi::ABI_VERSION {
+            Ok(Self(bytes))
+        } else {
+            Err(ObjectError::Abi { path: path.to_owned(), found, needed: abi::ABI_VERSION })
+        }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+fn abi_version(object: &[u8]) -> Result<u32, String> {
+    let file = object::File::parse(object).map_err(|error| error.to_string())?;
+    let symbol = file
+        .symbols()
+        .find(|symbol| symbol.name() == Ok(abi::ABI_SYMBOL))
+        .ok_or_else(|| format!("it has no symbol {}", abi::ABI_SYMBOL))?;
+    let section = symbol.section_index().ok_or("its ABI symbol is in no section")?;
+    let section = file.section_by_index(section).map_err(|error| error.to_string())?;
+    let data = section.data().map_err(|error| error.to_string())?;
+    let start = symbol.address() as usize;
+    let bytes = data.get(start..start + 4).ok_or("its ABI symbol lies outside of its section")?;
+    Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+}
+
+/// Where one interface's program is to be attached and how large its maps are.
+#[derive(Clone, Debug)]
+pub struct Placement<'a> {
+    pub interface: &'a InterfaceName,
+    pub index: IfIndex,
+    pub kind: &'a str,
+    pub mtu: u32,
+    pub queues: u32,
+    pub max_rules: u32,
+    /// Directory for the pins of this interface.
+    pub pins: PathBuf,
+    /// Id of the program that was seen in the slot.
+    pub occupant: Option<u32>,
+}
+
+/// The program of one interface, attached and pinned.
+///
+/// Dropping it detaches the program and removes its pins.
+pub struct Steering {
+    flows: HashMap<MapData, FlowKey4, FlowValue>,
+    rules: PerCpuArray<MapData, RuleCounters>,
+    verdicts: PerCpuArray<MapData, Verdicts>,
+    sockets: XskMap<MapData>,
+    queues: PerCpuArray<MapData, QueueCounters>,
+    /// Keeps the program's log, if the object has one, with its other maps.
+    ebpf: Ebpf,
+    // The link goes before its pins' directory.
+    link: Option<PinnedLink>,
+    pins: PathBuf,
+}
+
+impl Steering {
+    pub fn attach(object: &Object, placement: &Placement<'_>) -> Result<Self, AttachError> {
+        let interface = placement.interface;
+        let load =
+            |source: EbpfError| AttachError::Load { interface: interface.clone(), source: Box::new(source) };
+        let mut ebpf = EbpfLoader::new()
+            // Both slots of (S,G) loops may join a rule's own flow.
+            .map_max_entries(map::FLOWS_V4, 2 * placement.max_rules)
+            .map_max_entries(map::RULES, placement.max_rules)
+            .map_max_entries(map::SOCKETS, placement.queues)
+            .map_max_entries(map::QUEUES, placement.queues)
+            .load(object.bytes())
+            .map_err(load)?;
+        let program = xdp(&mut ebpf).map_err(|error| load(error.into()))?;
+        program.load().map_err(|error| load(error.into()))?;
+        let link = program
+            .attach_to_if_index(placement.index.0, XdpMode::Driver)
+            .map_err(|error| explain(placement, &error))?;
+        let link = program.take_link(link).map_err(|error| load(error.into()))?;
+        // aya falls back to an attachment that no pin can hold; only a link will do.
+        let link = FdLink::try_from(link).map_err(|_| AttachError::Attach {
+            interface: interface.clone(),
+            source: io::Error::other("the kernel offers no XDP links (Linux 5.9 has them)"),
+        })?;
+        Self::pin(ebpf, link, &placement.pins).map_err(|(path, why)| {
+            clear_pins(&placement.pins);
+            AttachError::Pin { path, why }
+        })
+    }
+
+    fn pin(mut ebpf: Ebpf, link: FdLink, pins: &Path) -> Result<Self, (PathBuf, String)> {
+        let at = |name: &str| pins.join(name);
+        let failed = |name: &str, error: &dyn std::error::Error| (at(name), error.to_string());
+        clear_pins(pins);
+        fs::create_dir_all(pins).map_err(|error| (pins.to_owned(), error.to_string()))?;
+        let program = xdp(&mut ebpf).map_err(|error| failed("program", &error))?;
+        program.pin(at("program")).map_err(|error| failed("program", &error))?;
+        let link = link.pin(at("link")).map_err(|error| failed("link", &error))?;
+        let mut take = |name: &str| -> Result<Map, (PathBuf, String)> {
+            let map =
+                ebpf.take_map(name).ok_or_else(|| (at(name), "the object has no such map".to_owned()))?;
+            map.pin(at(name)).map_err(|error| failed(name, &error))?;
+            Ok(map)
+        };
+        let shape = |name: &str, error: MapError| failed(name, &error);
+        Ok(Self {
+            flows: take(map::FLOWS_V4)?.try_into().map_err(|error| shape(map::FLOWS_V4, error))?,
+            rules: take(map::RULES)?.try_into().map_err(|error| shape(map::RULES, error))?,
+            verdicts: take(map::VERDICTS)?.try_into().map_err(|error| shape(map::VERDICTS, error))?,
+            sockets: take(map::SOCKETS)?.try_into().map_err(|error| shape(map::SOCKETS, error))?,
+            queues: take(map::QUEUES)?.try_into().map_err(|error| shape(map::QUEUES, error))?,
+            ebpf,
+            link: Some(link),
+            pins: pins.to_owned(),
+        })
+    }
+
+    pub fn set_flow(&mut self, key: &FlowKey4, value: FlowValue) -> Result<(), MapAccessError> {
+        self.flows.insert(key, value, 0).map_err(access(map::FLOWS_V4, "written"))
+    }
+
+    /// Takes a flow out; programs that run may still act on it until [`barrier`] has returned.
+    pub fn delete_flow(&mut self, key: &FlowKey4) -> Result<(), MapAccessError> {
+        match self.flows.remove(key) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(access(map::FLOWS_V4, "written")(error)),
+        }
+    }
+
+    /// Steers a queue's frames into a bound AF_XDP socket. The slot empties by itself when it closes.
+    pub fn set_socket(&mut self, queue: QueueId, socket: BorrowedFd<'_>) -> Result<(), MapAccessError> {
+        self.sockets.set(queue.0, socket.as_raw_fd(), 0).map_err(access(map::SOCKETS, "written"))
+    }
+
+    /// Counters of a rule, of all CPUs together.
+    pub fn rule(&self, slot: RuleSlot) -> Result<RuleCounters, MapAccessError> {
+        let mut sum = RuleCounters::default();
+        for cpu in self.rules.get(&slot.0, 0).map_err(access(map::RULES, "read"))?.iter() {
+            sum.matched += cpu.matched;
+            sum.matched_bytes += cpu.matched_bytes;
+            sum.no_worker += cpu.no_worker;
+            sum.looped += cpu.looped;
+        }
+        Ok(sum)
+    }
+
+    /// Frames of a queue that were steered to its socket.
+    pub fn steered(&self, queue: QueueId) -> Result<u64, MapAccessError> {
+        let cpus = self.queues.get(&queue.0, 0).map_err(access(map::QUEUES, "read"))?;
+        Ok(cpus.iter().map(|cpu| cpu.steered).sum())
+    }
+
+    /// What became of the interface's frames, by name.
+    pub fn verdicts(&self) -> Result<[(&'static str, u64); 14], MapAccessError> {
+        let mut sum = Verdicts::default().named();
+        for cpu in self.verdicts.get(&0, 0).map_err(access(map::VERDICTS, "read"))?.iter() {
+            for (total, (_, count)) in sum.iter_mut().zip(cpu.named()) {
+                total.1 += count;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// The program's own log, if the object was built with it.
+    pub fn logger(&mut self) -> Option<aya_log::EbpfLogger<TracingLog>> {
+        aya_log::EbpfLogger::init_with_logger(&mut self.ebpf, TracingLog).ok()
+    }
+}
+
+impl Drop for Steering {
+    fn drop(&mut self) {
+        // Unpinning gives the link back, whose end detaches the program.
+        if let Some(link) = self.link.take()
+            && let Err(error) = link.unpin()
+        {
+            tracing::warn!(%error, pins = %self.pins.display(), "the XDP link's pin cannot be removed");
+        }
+        clear_pins(&self.pins);
+    }
+}
+
+fn access(map: &'static str, what: &'static str) -> impl FnOnce(MapError) -> MapAccessError {
+    move |source| MapAccessError { map, what, source }
+}
+
+fn xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, aya::programs::ProgramError> {
+    let missing = aya::programs::ProgramError::InvalidName { name: abi::PROGRAM.to_owned() };
+    ebpf.program_mut(abi::PROGRAM).ok_or(missing)?.try_into()
+}
+
+/// Removes the pins of one interface, whoever left them. What they held and nothing else holds is gone:
+/// a program is detached.
+pub fn clear_pins(pins: &Path) {
+    let Ok(entries) = fs::read_dir(pins) else { return };
+    for entry in entries.flatten() {
+        let _ = fs::remove_file(entry.path());
+    }
+    let _ = fs::remove_dir(pins);
+}
+
+/// Turns the errno of an attachment into what it means for this interface.
+fn explain(placement: &Placement<'_>, error: &aya::programs::ProgramError) -> AttachError {
+    let interface = placement.interface.clone();
+    let errno = errno(error);
+    match errno {
+        Some(libc::EOPNOTSUPP) => AttachError::NoNativeXdp { interface, kind: placement.kind.to_owned() },
+        Some(libc::ENOSPC) => AttachError::TooFewQueues { interface },
+        Some(libc::ERANGE) => AttachError::Mtu { interface, mtu: placement.mtu },
+        Some(libc::EBUSY | libc::EEXIST) => {
+            AttachError::SlotTaken { interface, program: describe(placement.occupant) }
+        }
+        Some(libc::EPERM | libc::EACCES) => AttachError::Permission { interface },
+        _ => AttachError::Attach {
+            interface,
+            source: errno.map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error),
+        },
+    }
+}
+
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(errno) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(errno);
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// Name and id of a program, as `bpftool prog` shows them.
+fn describe(program: Option<u32>) -> String {
+    let Some(id) = program else { return "of unknown id (see `bpftool net`)".to_owned() };
+    let name = loaded_programs()
+        .filter_map(Result::ok)
+        .find(|info| info.id() == id)
+        .and_then(|info| info.name_as_str().map(str::to_owned));
+    match name {
+        Some(name) => format!("'{name}' (id {id})"),
+        None => format!("id {id}"),
+    }
+}
+
+/// Waits until every eBPF program that was running when it was called has ended.
+///
+/// `MEMBARRIER_CMD_GLOBAL` waits for an RCU grace period, and so for all programs that might still use
+/// a deleted map entry and for the AF_XDP sockets' rings to be written out.
+pub fn barrier() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: the call takes integers only.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Passes the program's log on to tracing.
+#[derive(Debug)]
+pub struct TracingLog;
+
+impl log::Log for TracingLog {
+    fn enabled(&self, _metadata: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        match record.level() {
+            log::Level::Error => tracing::error!(target: "mcr::ebpf", "{}", record.args()),
+            log::Level::Warn => tracing::warn!(target: "mcr::ebpf", "{}", record.args()),
+            log::Level::Info => tracing::info!(target: "mcr::ebpf", "{}", record.args()),
+            log::Level::Debug => tracing::debug!(target: "mcr::ebpf", "{}", record.args()),
+            log::Level::Trace => tracing::trace!(target: "mcr::ebpf", "{}", record.args()),
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_embedded_object_has_our_abi() {
+        Object::open(None).unwrap();
+    }
+
+    #[test]
+    fn an_object_of_another_abi_is_refused() {
+        let mut bytes = EMBEDDED.to_vec();
+        let file = object::File::parse(EMBEDDED).unwrap();
+        let symbol = file.symbols().find(|symbol| symbol.name() == Ok(abi::ABI_SYMBOL)).unwrap();
+        let section = file.section_by_index(symbol.section_index().unwrap()).unwrap();
+        let (start, _) = section.file_range().unwrap();
+        bytes[(start + symbol.address()) as usize] += 1;
+        let error = Object::check(bytes.into(), "other.o").unwrap_err();
+        assert!(matches!(error, ObjectError::Abi { found, .. } if found == abi::ABI_VERSION + 1), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused() {
+        assert!(matches!(Object::check(vec![1, 2, 3].into(), "junk"), Err(ObjectError::Foreign { .. })));
+    }
+}

@@ -1,0 +1,159 @@
+//! The interfaces of this network namespace, with their addresses, by netlink.
+//!
+//! Never from sysfs: a process that entered a namespace by `setns` still sees the devices of another there.
+
+use std::{collections::BTreeMap, io, net::IpAddr, net::Ipv4Addr};
+
+use futures_util::{StreamExt, TryStreamExt};
+use rtnetlink::{
+    Handle, MulticastGroup,
+    packet_route::{
+        address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
+        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp, XdpAttached},
+    },
+};
+
+use crate::{
+    rule::{IfIndex, InterfaceName},
+    sys::ethtool,
+};
+
+/// An interface as the kernel has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub index: IfIndex,
+    /// Administratively up and with a carrier.
+    pub up: bool,
+    pub mtu: u32,
+    /// IPv4 addresses, primary ones first.
+    pub addresses: Vec<Ipv4Addr>,
+    /// What kind of device: `veth`, `bridge` ..., or the driver's name.
+    pub kind: String,
+    /// RX queues in use.
+    pub rx_queues: u32,
+    /// Id of the XDP program in its slot.
+    pub xdp_program: Option<u32>,
+}
+
+/// All interfaces by name.
+pub type Links = BTreeMap<InterfaceName, Link>;
+
+/// Reads the interfaces, and hears of their changes.
+pub struct LinkWatch {
+    handle: Handle,
+    changes: Box<dyn futures_util::Stream<Item = ()> + Unpin>,
+}
+
+impl LinkWatch {
+    /// Must be called within the runtime whose task carries the netlink connection.
+    pub fn open() -> io::Result<Self> {
+        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
+        let (connection, handle, messages) = rtnetlink::new_multicast_connection(&groups)?;
+        tokio::spawn(connection);
+        Ok(Self { handle, changes: Box::new(messages.map(|_| ())) })
+    }
+
+    /// Returns when something has changed since it was last called.
+    pub async fn changed(&mut self) {
+        if self.changes.next().await.is_none() {
+            // The connection is gone, which only the end of the runtime does.
+            std::future::pending::<()>().await;
+        }
+        // One change comes as several messages.
+        while let Some(Some(())) = futures_util::FutureExt::now_or_never(self.changes.next()) {}
+    }
+
+    /// All interfaces as they are now.
+    pub async fn snapshot(&self) -> Result<Links, rtnetlink::Error> {
+        let mut names = BTreeMap::new();
+        let mut links = Links::new();
+        let mut messages = self.handle.link().get().execute();
+        while let Some(message) = messages.try_next().await? {
+            if let Some((name, link)) = read_link(&message) {
+                names.insert(message.header.index, name.clone());
+                links.insert(name, link);
+            }
+        }
+        let mut secondary: BTreeMap<InterfaceName, Vec<Ipv4Addr>> = BTreeMap::new();
+        let mut messages = self.handle.address().get().execute();
+        while let Some(message) = messages.try_next().await? {
+            let Some(name) = names.get(&message.header.index) else { continue };
+            let Some(address) = read_address(&message) else { continue };
+            if message.header.flags.contains(AddressHeaderFlags::Secondary) {
+                secondary.entry(name.clone()).or_default().push(address);
+            } else if let Some(link) = links.get_mut(name) {
+                link.addresses.push(address);
+            }
+        }
+        for (name, addresses) in secondary {
+            if let Some(link) = links.get_mut(&name) {
+                link.addresses.extend(addresses);
+            }
+        }
+        Ok(links)
+    }
+}
+
+fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
+    let flags = message.header.flags;
+    let mut name = None;
+    let mut link = Link {
+        index: IfIndex(message.header.index),
+        up: flags.contains(LinkFlags::Up) && flags.contains(LinkFlags::LowerUp),
+        mtu: 0,
+        addresses: Vec::new(),
+        kind: String::new(),
+        rx_queues: 1,
+        xdp_program: None,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(text) => name = text.parse::<InterfaceName>().ok(),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::NumRxQueues(queues) => link.rx_queues = *queues,
+            LinkAttribute::Xdp(xdp) => link.xdp_program = read_xdp(xdp),
+            LinkAttribute::LinkInfo(infos) => {
+                link.kind = infos.iter().find_map(read_kind).unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+    let name = name?;
+    link.rx_queues = ethtool::rx_queues(&name).unwrap_or(link.rx_queues).max(1);
+    if link.kind.is_empty() {
+        link.kind = ethtool::driver(&name).unwrap_or_else(|| "device".to_owned());
+    }
+    Some((name, link))
+}
+
+fn read_kind(info: &LinkInfo) -> Option<String> {
+    match info {
+        LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind.clone()),
+        LinkInfo::Kind(kind) => Some(kind.to_string()),
+        _ => None,
+    }
+}
+
+fn read_xdp(xdp: &[LinkXdp]) -> Option<u32> {
+    let attached = !xdp.iter().any(|attribute| matches!(attribute, LinkXdp::Attached(XdpAttached::None)));
+    let id = xdp.iter().find_map(|attribute| match attribute {
+        LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) | LinkXdp::HwProgId(id) => {
+            Some(*id)
+        }
+        _ => None,
+    });
+    id.filter(|_| attached)
+}
+
+fn read_address(message: &AddressMessage) -> Option<Ipv4Addr> {
+    let mut found = None;
+    for attribute in &message.attributes {
+        match attribute {
+            // On a point-to-point device `Address` is the peer's and `Local` our own.
+            AddressAttribute::Local(IpAddr::V4(address)) => return Some(*address),
+            AddressAttribute::Address(IpAddr::V4(address)) => found = Some(*address),
+            _ => {}
+        }
+    }
+    found
+}

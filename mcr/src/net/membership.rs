@@ -1,0 +1,92 @@
+//! Group memberships, held by pooled sockets that receive nothing.
+//!
+//! A socket takes 20 memberships by default (`net.ipv4.igmp_max_memberships`), so that every socket of a
+//! pool is used until the kernel says that it is full. Memberships of any source and of one source are
+//! in separate pools: on one socket they would narrow or refuse one another.
+
+use std::{collections::BTreeMap, io, net::Ipv4Addr};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{rule::IfIndex, sys::multicast};
+
+/// What is joined on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Membership {
+    pub interface: IfIndex,
+    pub group: Ipv4Addr,
+    /// The one source of an (S,G) membership.
+    pub source: Option<Ipv4Addr>,
+}
+
+#[derive(Debug)]
+struct Member {
+    socket: Socket,
+    held: usize,
+}
+
+/// The pooled sockets and what each holds.
+#[derive(Debug, Default)]
+pub struct Memberships {
+    any_source: Vec<Member>,
+    one_source: Vec<Member>,
+    /// Index of the socket in its pool.
+    held: BTreeMap<Membership, usize>,
+}
+
+impl Memberships {
+    /// Joins, unless it is joined.
+    pub fn join(&mut self, membership: Membership) -> io::Result<()> {
+        if self.held.contains_key(&membership) {
+            return Ok(());
+        }
+        let pool = self.pool(membership);
+        for (index, member) in pool.iter_mut().enumerate() {
+            match multicast::join(&member.socket, &membership) {
+                Ok(()) => {
+                    member.held += 1;
+                    self.held.insert(membership, index);
+                    return Ok(());
+                }
+                // Full; the next socket has room or is new.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                // This socket holds as many sources of the group as one may.
+                Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let socket = silent_socket()?;
+        multicast::join(&socket, &membership)?;
+        pool.push(Member { socket, held: 1 });
+        let index = pool.len() - 1;
+        self.held.insert(membership, index);
+        Ok(())
+    }
+
+    /// Leaves, if it is joined. A membership of an interface that is gone is dropped all the same.
+    pub fn leave(&mut self, membership: Membership) -> io::Result<()> {
+        let Some(index) = self.held.remove(&membership) else { return Ok(()) };
+        let member = &mut self.pool(membership)[index];
+        member.held -= 1;
+        match multicast::leave(&member.socket, &membership) {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EADDRNOTAVAIL)) => {
+                Err(error)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn pool(&mut self, membership: Membership) -> &mut Vec<Member> {
+        match membership.source {
+            None => &mut self.any_source,
+            Some(_) => &mut self.one_source,
+        }
+    }
+}
+
+/// A UDP socket that is bound to nothing and takes no group's datagrams.
+fn silent_socket() -> io::Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM.cloexec(), Some(Protocol::UDP))?;
+    socket.set_multicast_all_v4(false)?;
+    Ok(socket)
+}

@@ -1,0 +1,5 @@
+//! What the supervisor knows of and does to the network: interfaces, memberships, egress sockets.
+
+pub mod egress_socket;
+pub mod links;
+pub mod membership;

@@ -1,0 +1,374 @@
+//! The set of rules: what may stand beside what, and what it compiles to. Pure.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use mcr_common::flow::{FlowKey4, FlowValue, action};
+use thiserror::Error;
+
+use crate::rule::{
+    DatapathChoice, Input, InterfaceName, MAX_OUTPUTS, Origin, Output, OutputSlot, Rule, RuleName, RuleSlot,
+};
+
+/// A rule with what the set gave it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub rule: Rule,
+    pub origin: Origin,
+    pub slot: RuleSlot,
+    /// One an output, in the order of the rule's outputs.
+    pub output_slots: Vec<OutputSlot>,
+}
+
+impl Entry {
+    /// The outputs with their slots.
+    pub fn outputs(&self) -> impl Iterator<Item = (&Output, OutputSlot)> {
+        self.rule.outputs.iter().zip(self.output_slots.iter().copied())
+    }
+}
+
+/// Why a rule or a change was refused. One line: what, why, what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Refusal {
+    #[error("a rule needs an output: give it --out ENDPOINT")]
+    NoOutput,
+    #[error(
+        "a rule has {MAX_OUTPUTS} outputs at most, this one would have {outputs}: spread them over several rules"
+    )]
+    TooManyOutputs { outputs: usize },
+    #[error("the output {output} stands twice: leave one out")]
+    OutputTwice { output: String },
+    #[error("the output {output} is the input itself: choose another group, port or interface")]
+    OutputIsInput { output: String },
+    #[error(
+        "{group} is link-local (224.0.0.0/24), which routers never forward: say --link-local if it is meant"
+    )]
+    LinkLocal { group: Ipv4Addr },
+    #[error(
+        "{input} is the input of rule '{name}' already: `mcr rule set {name} --add-out ENDPOINT` gives it another output"
+    )]
+    InputTaken { input: String, name: RuleName },
+    #[error(
+        "rule '{name}' exists and differs in {difference}: change it with `mcr rule set`, or choose another name"
+    )]
+    NameTaken { name: RuleName, difference: String },
+    #[error(
+        "the output {output} is fed by rule '{name}' already: say --merge if both streams shall mix there"
+    )]
+    OutputTaken { output: String, name: RuleName },
+    #[error("there is no rule '{name}': see `mcr rule list`")]
+    UnknownRule { name: String },
+    #[error("rule '{name}' has no output {output}: see `mcr rule show {name}`")]
+    UnknownOutput { name: RuleName, output: String },
+    #[error("rule '{name}' would be left without an output: remove it with `mcr rule remove {name}`")]
+    LastOutput { name: RuleName },
+    #[error("there are {limit} {what} already: start the daemon with a larger --max-rules")]
+    Full { what: &'static str, limit: u32 },
+}
+
+/// What adding or changing did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Made,
+    /// It was so already.
+    None,
+}
+
+/// A change of a rule's outputs or datapath.
+#[derive(Clone, Debug, Default)]
+pub struct Amendment {
+    pub add: Vec<Output>,
+    /// Matched by destination, port and interface.
+    pub delete: Vec<Output>,
+    pub datapath: Option<DatapathChoice>,
+    pub merge: bool,
+    pub link_local: bool,
+}
+
+/// Numbers up to a limit; the lowest free one is next.
+#[derive(Clone, Debug)]
+struct Slots {
+    taken: Vec<bool>,
+}
+
+impl Slots {
+    fn new(limit: u32) -> Self {
+        Self { taken: vec![false; limit as usize] }
+    }
+
+    /// This many, or none if there are too few.
+    fn take(&mut self, count: usize) -> Option<Vec<u32>> {
+        let free: Vec<_> = self
+            .taken
+            .iter()
+            .enumerate()
+            .filter(|(_, taken)| !**taken)
+            .map(|(slot, _)| slot)
+            .take(count)
+            .collect();
+        if free.len() < count {
+            return None;
+        }
+        for &slot in &free {
+            self.taken[slot] = true;
+        }
+        Some(free.into_iter().map(|slot| slot as u32).collect())
+    }
+
+    fn limit(&self) -> u32 {
+        self.taken.len() as u32
+    }
+
+    fn give_back(&mut self, slot: u32) {
+        self.taken[slot as usize] = false;
+    }
+}
+
+/// All rules of a daemon.
+#[derive(Clone, Debug)]
+pub struct RuleSet {
+    entries: BTreeMap<RuleName, Entry>,
+    rule_slots: Slots,
+    output_slots: Slots,
+}
+
+/// Outputs of all rules together, for each rule that there may be.
+pub const OUTPUTS_PER_RULE: u32 = 4;
+
+impl RuleSet {
+    pub fn new(max_rules: u32) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            rule_slots: Slots::new(max_rules),
+            output_slots: Slots::new(max_rules * OUTPUTS_PER_RULE),
+        }
+    }
+
+    pub fn get(&self, name: &str) -> Result<&Entry, Refusal> {
+        let unknown = || Refusal::UnknownRule { name: name.to_owned() };
+        self.entries.get(&name.parse::<RuleName>().map_err(|_| unknown())?).ok_or_else(unknown)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.values()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The rule that has an input.
+    pub fn by_input(&self, input: &Input) -> Option<&Entry> {
+        self.iter().find(|entry| entry.rule.input == *input)
+    }
+
+    /// Adds a rule; the very same rule again is no change.
+    pub fn add(&mut self, rule: Rule, origin: Origin) -> Result<Change, Refusal> {
+        check_alone(&rule)?;
+        if let Some(known) = self.entries.get(&rule.name) {
+            return match difference(&known.rule, &rule) {
+                None => Ok(Change::None),
+                Some(difference) => Err(Refusal::NameTaken { name: rule.name, difference }),
+            };
+        }
+        if let Some(first) = self.by_input(&rule.input) {
+            return Err(Refusal::InputTaken { input: rule.input.to_string(), name: first.rule.name.clone() });
+        }
+        self.check_outputs(&rule)?;
+        let entry = self.give_slots(rule, origin)?;
+        self.entries.insert(entry.rule.name.clone(), entry);
+        Ok(Change::Made)
+    }
+
+    /// Changes a rule's outputs or datapath. Outputs that stay keep their slots, and so their counters.
+    pub fn amend(&mut self, name: &str, amendment: Amendment) -> Result<Change, Refusal> {
+        let entry = self.get(name)?;
+        let mut rule = entry.rule.clone();
+        for output in &amendment.delete {
+            let known = rule.outputs.iter().position(|known| known.identity() == output.identity());
+            let unknown = || Refusal::UnknownOutput { name: rule.name.clone(), output: output.to_string() };
+            rule.outputs.remove(known.ok_or_else(unknown)?);
+        }
+        for output in amendment.add {
+            match rule.outputs.iter_mut().find(|known| known.identity() == output.identity()) {
+                Some(known) => *known = output,
+                None => rule.outputs.push(output),
+            }
+        }
+        rule.datapath = amendment.datapath.unwrap_or(rule.datapath);
+        rule.merge |= amendment.merge;
+        rule.link_local |= amendment.link_local;
+        if rule.outputs.is_empty() {
+            return Err(Refusal::LastOutput { name: rule.name });
+        }
+        if rule == entry.rule {
+            return Ok(Change::None);
+        }
+        check_alone(&rule)?;
+        self.check_outputs(&rule)?;
+        self.replace(rule)?;
+        Ok(Change::Made)
+    }
+
+    /// Takes a rule out.
+    pub fn remove(&mut self, name: &str) -> Result<Entry, Refusal> {
+        let name = self.get(name)?.rule.name.clone();
+        let entry = self.entries.remove(&name).ok_or(Refusal::UnknownRule { name: name.to_string() })?;
+        self.rule_slots.give_back(entry.slot.0);
+        for slot in &entry.output_slots {
+            self.output_slots.give_back(slot.0);
+        }
+        Ok(entry)
+    }
+
+    fn give_slots(&mut self, rule: Rule, origin: Origin) -> Result<Entry, Refusal> {
+        let full = Refusal::Full { what: "rules", limit: self.rule_slots.limit() };
+        let slot = RuleSlot(self.rule_slots.take(1).ok_or(full)?[0]);
+        match self.take_output_slots(rule.outputs.len()) {
+            Ok(output_slots) => Ok(Entry { rule, origin, slot, output_slots }),
+            Err(full) => {
+                self.rule_slots.give_back(slot.0);
+                Err(full)
+            }
+        }
+    }
+
+    fn take_output_slots(&mut self, count: usize) -> Result<Vec<OutputSlot>, Refusal> {
+        let full = Refusal::Full { what: "outputs", limit: self.output_slots.limit() };
+        Ok(self.output_slots.take(count).ok_or(full)?.into_iter().map(OutputSlot).collect())
+    }
+
+    /// Puts a changed rule in the place of the one with its name.
+    fn replace(&mut self, rule: Rule) -> Result<(), Refusal> {
+        let old = self.get(rule.name.as_str())?.clone();
+        let known = |output: &Output| {
+            old.outputs().find(|(known, _)| known.identity() == output.identity()).map(|(_, slot)| slot)
+        };
+        let new = rule.outputs.iter().filter(|output| known(output).is_none()).count();
+        let mut fresh = self.take_output_slots(new)?.into_iter();
+        let output_slots: Vec<_> =
+            rule.outputs.iter().filter_map(|output| known(output).or_else(|| fresh.next())).collect();
+        for slot in old.output_slots.iter().filter(|slot| !output_slots.contains(slot)) {
+            self.output_slots.give_back(slot.0);
+        }
+        self.entries.insert(rule.name.clone(), Entry { rule, output_slots, ..old });
+        Ok(())
+    }
+
+    /// No other rule may feed an output, unless one of the two says that it is meant.
+    fn check_outputs(&self, rule: &Rule) -> Result<(), Refusal> {
+        for other in self.iter().filter(|other| other.rule.name != rule.name) {
+            if rule.merge || other.rule.merge {
+                continue;
+            }
+            for output in &rule.outputs {
+                if other.rule.outputs.iter().any(|taken| taken.identity() == output.identity()) {
+                    let name = other.rule.name.clone();
+                    return Err(Refusal::OutputTaken { output: output.to_string(), name });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rule for any source that loses datagrams to a rule for one of them, or the other way round.
+    pub fn overlapping(&self, input: &Input) -> Vec<&Entry> {
+        let same_place = |other: &Input| {
+            (other.group, other.port, &other.interface) == (input.group, input.port, &input.interface)
+        };
+        self.iter()
+            .filter(|entry| same_place(&entry.rule.input))
+            .filter(|entry| entry.rule.input.source.is_some() != input.source.is_some())
+            .collect()
+    }
+
+    /// The flow table of an interface: its rules' inputs, and for each the datagrams that this relay
+    /// itself sends to them, which are never relayed again.
+    ///
+    /// `source` answers the source address of an output, if it has one now.
+    pub fn flows(
+        &self,
+        interface: &InterfaceName,
+        source: impl Fn(&Output) -> Option<Ipv4Addr>,
+    ) -> BTreeMap<FlowKey4, FlowValue> {
+        let ours: Vec<_> = self.iter().filter(|entry| entry.rule.input.interface == *interface).collect();
+        let mut flows: BTreeMap<_, _> = ours
+            .iter()
+            .map(|entry| (key(&entry.rule.input), FlowValue { rule: entry.slot.0, action: action::STEER }))
+            .collect();
+        for output in self.iter().flat_map(|entry| &entry.rule.outputs) {
+            let Some(source) = source(output) else { continue };
+            let fed = |entry: &&&Entry| {
+                let input = &entry.rule.input;
+                (input.group, input.port) == (output.destination, output.port)
+                    && input.source.is_none_or(|wanted| wanted == source)
+            };
+            // The rule for the source goes before the one for any source, here as in the data path.
+            let Some(entry) = ours.iter().filter(fed).max_by_key(|entry| entry.rule.input.source) else {
+                continue;
+            };
+            let own = FlowKey4::source_group(
+                source.octets(),
+                output.destination.octets(),
+                output.port.to_be_bytes(),
+            );
+            flows.insert(own, FlowValue { rule: entry.slot.0, action: action::LOOP });
+        }
+        flows
+    }
+}
+
+/// The flow key of an input.
+pub fn key(input: &Input) -> FlowKey4 {
+    let source = input.source.unwrap_or(Ipv4Addr::UNSPECIFIED);
+    FlowKey4::source_group(source.octets(), input.group.octets(), input.port.to_be_bytes())
+}
+
+/// What can be said of a rule without the others.
+fn check_alone(rule: &Rule) -> Result<(), Refusal> {
+    if rule.outputs.is_empty() {
+        return Err(Refusal::NoOutput);
+    }
+    if rule.outputs.len() > MAX_OUTPUTS {
+        return Err(Refusal::TooManyOutputs { outputs: rule.outputs.len() });
+    }
+    let groups = rule.outputs.iter().map(|output| output.destination).chain([rule.input.group]);
+    if let Some(group) = groups.into_iter().find(|group| is_link_local(*group) && !rule.link_local) {
+        return Err(Refusal::LinkLocal { group });
+    }
+    for (index, output) in rule.outputs.iter().enumerate() {
+        if output.identity() == (rule.input.group, rule.input.port, &rule.input.interface) {
+            return Err(Refusal::OutputIsInput { output: output.to_string() });
+        }
+        if rule.outputs[..index].iter().any(|earlier| earlier.identity() == output.identity()) {
+            return Err(Refusal::OutputTwice { output: output.to_string() });
+        }
+    }
+    Ok(())
+}
+
+fn is_link_local(group: Ipv4Addr) -> bool {
+    group.octets()[..3] == [224, 0, 0]
+}
+
+/// In what two rules of one name differ, or `None` if in nothing.
+fn difference(known: &Rule, new: &Rule) -> Option<String> {
+    let mut parts = Vec::new();
+    if known.input != new.input {
+        parts.push(format!("its input ({} instead of {})", known.input, new.input));
+    }
+    let list = |outputs: &[Output]| outputs.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let (mut known_outputs, mut new_outputs) = (list(&known.outputs), list(&new.outputs));
+    known_outputs.sort();
+    new_outputs.sort();
+    if known_outputs != new_outputs {
+        parts.push(format!("its outputs ({} instead of {})", known_outputs.join(" "), new_outputs.join(" ")));
+    }
+    if known.datapath != new.datapath {
+        parts.push(format!("its datapath ({} instead of {})", known.datapath, new.datapath));
+    }
+    (!parts.is_empty()).then(|| parts.join(" and "))
+}
+
+#[cfg(test)]
+#[path = "ruleset_tests.rs"]
+mod tests;

@@ -1,0 +1,239 @@
+//! What the daemon tells of itself: state and books in the shapes of the control protocol.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use crate::{
+    api::wire::{
+        self, Error, Health, InterfaceStats, OutputInfo, OutputStats, RuleCounts, RuleInfo, RuleList,
+        RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList,
+    },
+    rule::{InterfaceName, Output, OutputSlot},
+    ruleset::Entry,
+    supervisor::{event::WorkerId, run::Daemon, state::Problem},
+    worker::ledger::DropReason,
+};
+
+/// RFC 3339 in UTC, to the millisecond.
+fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}
+
+/// The counters above zero, by name.
+fn nonzero<'a>(counters: impl IntoIterator<Item = (&'a str, u64)>) -> BTreeMap<String, u64> {
+    counters
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(name, count)| (name.to_owned(), count))
+        .collect()
+}
+
+impl Daemon {
+    pub fn rule_list(&self) -> RuleList {
+        RuleList {
+            schema: SCHEMA,
+            rules: self.state.rules().iter().map(|entry| self.rule_info(entry)).collect(),
+        }
+    }
+
+    pub fn rule_show(&self, name: &str) -> Result<RuleShow, Error> {
+        Ok(RuleShow { schema: SCHEMA, rule: self.rule_info(self.state.rules().get(name)?) })
+    }
+
+    pub fn rule_info(&self, entry: &Entry) -> RuleInfo {
+        let rule = &entry.rule;
+        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output)).collect();
+        let (health, reason) = match self.state.rule_problem(entry) {
+            Some((Problem::Failed, why)) => (Health::Failed, Some(why)),
+            Some((Problem::Waits, why)) => (Health::Pending, Some(why)),
+            None => match outputs.iter().find(|output| output.health != Health::Active) {
+                Some(output) => (Health::Pending, output.reason.clone()),
+                None => (Health::Active, None),
+            },
+        };
+        let decision = self.state.datapath(entry);
+        let attached = self.state.is_attached(&rule.input.interface);
+        RuleInfo {
+            name: rule.name.to_string(),
+            origin: entry.origin.to_string(),
+            input: rule.input.to_string(),
+            outputs,
+            datapath: decision.as_ref().filter(|_| attached).map(|(datapath, _)| datapath.to_string()),
+            datapath_asked: rule.datapath.to_string(),
+            datapath_why: decision.map(|(_, why)| why).unwrap_or_default(),
+            merge: rule.merge,
+            link_local: rule.link_local,
+            health,
+            reason,
+        }
+    }
+
+    fn output_info(&self, output: &Output) -> OutputInfo {
+        let reason = self.state.output_pending(output);
+        let health = if reason.is_none() { Health::Active } else { Health::Pending };
+        OutputInfo { to: output.to_string(), health, reason }
+    }
+
+    pub fn stats(&self, rule: Option<&str>) -> Result<Stats, Error> {
+        let rules = match rule {
+            Some(name) => vec![self.rule_stats(self.state.rules().get(name)?)],
+            None => self.state.rules().iter().map(|entry| self.rule_stats(entry)).collect(),
+        };
+        Ok(Stats {
+            schema: SCHEMA,
+            time: timestamp(SystemTime::now()),
+            since: timestamp(self.since),
+            rules,
+            interfaces: self.interfaces().iter().map(|interface| self.interface_stats(interface)).collect(),
+            workers: self.worker_list().workers,
+        })
+    }
+
+    /// Interfaces that a program is or was attached to.
+    fn interfaces(&self) -> BTreeSet<InterfaceName> {
+        self.programs
+            .keys()
+            .cloned()
+            .chain(self.state.worker_ids().into_iter().map(|id| id.interface))
+            .collect()
+    }
+
+    fn rule_stats(&self, entry: &Entry) -> RuleStats {
+        let totals = self.books.rule(entry, &self.programs);
+        let info = self.rule_info(entry);
+        RuleStats {
+            name: info.name,
+            origin: info.origin,
+            datapath: info.datapath,
+            input: info.input,
+            matched: totals.matched,
+            received: totals.received,
+            received_bytes: totals.received_bytes,
+            received_pps: self.books.rule_rates.get(&entry.slot),
+            last_seen: (totals.last_seen_ns > 0)
+                .then(|| timestamp(UNIX_EPOCH + Duration::from_nanos(totals.last_seen_ns))),
+            dropped: nonzero([("no_worker", totals.no_worker), ("loop", totals.looped)]),
+            outputs: entry.outputs().map(|(output, slot)| self.output_stats(output, slot)).collect(),
+        }
+    }
+
+    fn output_stats(&self, output: &Output, slot: OutputSlot) -> OutputStats {
+        let totals = self.books.output(slot);
+        let reasons = DropReason::ALL.iter().map(|reason| reason.name());
+        OutputStats {
+            to: output.to_string(),
+            received: totals.received,
+            sent: totals.sent,
+            sent_bytes: totals.sent_bytes,
+            sent_pps: self.books.output_rates.get(&slot),
+            dropped: nonzero(reasons.zip(totals.dropped)),
+        }
+    }
+
+    fn interface_stats(&self, interface: &InterfaceName) -> InterfaceStats {
+        let totals = self.books.interface(interface, &self.programs);
+        InterfaceStats {
+            name: interface.to_string(),
+            verdicts: totals.verdicts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect(),
+            received: totals.received,
+            dropped: nonzero([
+                ("rx_ring_full", totals.rx_ring_full),
+                ("fill_ring_empty", totals.fill_ring_empty),
+                // The kernel counts frames without a free chunk among these too.
+                ("socket_dropped", totals.rx_dropped.saturating_sub(totals.fill_ring_empty)),
+                ("worker_died", totals.worker_died),
+            ]),
+            discarded: nonzero([("no_rule", totals.no_rule), ("refused", totals.refused)]),
+        }
+    }
+
+    pub fn worker_list(&self) -> WorkerList {
+        WorkerList {
+            schema: SCHEMA,
+            workers: self.state.worker_ids().iter().map(|id| self.worker_info(id)).collect(),
+        }
+    }
+
+    fn worker_info(&self, id: &WorkerId) -> WorkerInfo {
+        let running = self.state.workers().get(id);
+        let spec = running.and_then(|running| running.spec.clone());
+        let mishaps = self.state.mishaps(id);
+        WorkerInfo {
+            id: id.to_string(),
+            interface: id.interface.to_string(),
+            datapath: "af-xdp".to_owned(),
+            queues: spec.as_ref().map(|spec| spec.queues.clone()).unwrap_or_default(),
+            cpu: spec.and_then(|spec| spec.cpu),
+            pid: running.and_then(|_| self.workers.get(id)).map(|worker| worker.pid),
+            state: if running.is_some() { "running" } else { "restarting" }.to_owned(),
+            restarts: mishaps.restarts,
+            last_exit: mishaps.last_exit,
+            received: self.books.worker_received(id),
+            received_pps: self.books.worker_rates.get(id),
+        }
+    }
+
+    pub fn status(&self) -> Status {
+        let rules = self.rule_list().rules;
+        let count = |health| rules.iter().filter(|rule| rule.health == health).count() as u32;
+        let rule_counts = RuleCounts {
+            total: rules.len() as u32,
+            active: count(Health::Active),
+            pending: count(Health::Pending),
+            failed: count(Health::Failed),
+        };
+        let workers = self.worker_list().workers;
+        let problems = problems(&rules, &workers);
+        let slots = || self.state.rules().iter().flat_map(|entry| entry.output_slots.iter());
+        Status {
+            schema: SCHEMA,
+            time: timestamp(SystemTime::now()),
+            since: timestamp(self.since),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            health: rules.iter().map(|rule| rule.health).max().unwrap_or(Health::Active),
+            rules: rule_counts,
+            workers_running: workers.iter().filter(|worker| worker.pid.is_some()).count() as u32,
+            workers_total: workers.len() as u32,
+            worker_restarts: workers.iter().map(|worker| worker.restarts).sum(),
+            received_pps: self.state.rules().iter().map(|entry| self.books.rule_rates.get(&entry.slot)).sum(),
+            sent_pps: slots().map(|slot| self.books.output_rates.get(slot)).sum(),
+            sent_bps: slots().map(|slot| 8.0 * self.books.output_byte_rates.get(slot)).sum(),
+            dropped: self.all_drops(),
+            problems,
+        }
+    }
+
+    fn all_drops(&self) -> BTreeMap<String, u64> {
+        let mut all: BTreeMap<String, u64> = BTreeMap::new();
+        let mut add = |drops: BTreeMap<String, u64>| {
+            for (reason, count) in drops {
+                *all.entry(reason).or_default() += count;
+            }
+        };
+        for entry in self.state.rules().iter() {
+            let stats = self.rule_stats(entry);
+            add(stats.dropped);
+            stats.outputs.into_iter().for_each(|output| add(output.dropped));
+        }
+        self.interfaces().iter().for_each(|interface| add(self.interface_stats(interface).dropped));
+        all
+    }
+}
+
+/// What is wrong, worst first, each with a command that shows or mends it.
+fn problems(rules: &[RuleInfo], workers: &[WorkerInfo]) -> Vec<wire::Problem> {
+    let mut sick: Vec<_> = rules.iter().filter(|rule| rule.health != Health::Active).collect();
+    sick.sort_by_key(|rule| std::cmp::Reverse(rule.health));
+    let of_rules = sick.into_iter().map(|rule| wire::Problem {
+        what: format!("rule {}: {}", rule.name, rule.reason.as_deref().unwrap_or("not active")),
+        next: format!("mcr rule show {}", rule.name),
+    });
+    let of_workers = workers.iter().filter(|worker| worker.pid.is_none()).map(|worker| {
+        let why = worker.last_exit.as_deref().unwrap_or("it has not started yet");
+        wire::Problem { what: format!("worker {} is down: {why}", worker.id), next: "mcr workers".to_owned() }
+    });
+    of_rules.chain(of_workers).collect()
+}

@@ -1,0 +1,310 @@
+//! The daemon's books: counters of eBPF maps and workers' ledgers, added up into what `stats` shows.
+//!
+//! A slot is used by one rule after another, an interface's maps end with its program, a worker's sockets
+//! end with it: the books keep what was counted before, so that what they show only goes on.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    os::fd::OwnedFd,
+    time::Instant,
+};
+
+use crate::{
+    ebpf::Steering,
+    rule::{InterfaceName, OutputSlot, QueueId, RuleSlot},
+    ruleset::Entry,
+    supervisor::{
+        event::WorkerId,
+        state::{Running, State},
+    },
+    worker::ledger::{DropReason, Layout, Ledger},
+};
+
+/// What was counted of a rule, or is to be taken off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RuleTotals {
+    pub matched: u64,
+    pub no_worker: u64,
+    pub looped: u64,
+    pub received: u64,
+    pub received_bytes: u64,
+    /// Nanoseconds since 1970, 0 for never.
+    pub last_seen_ns: u64,
+}
+
+/// What was counted of an output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OutputTotals {
+    pub received: u64,
+    pub sent: u64,
+    pub sent_bytes: u64,
+    pub dropped: [u64; DropReason::ALL.len()],
+}
+
+/// What was counted of an interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InterfaceTotals {
+    pub verdicts: BTreeMap<&'static str, u64>,
+    pub received: u64,
+    pub rx_dropped: u64,
+    pub fill_ring_empty: u64,
+    pub rx_ring_full: u64,
+    pub worker_died: u64,
+    pub no_rule: u64,
+    pub refused: u64,
+}
+
+/// A counter's value a second ago, and how fast it went on since the one before.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sample {
+    value: u64,
+    per_second: f64,
+}
+
+/// Rates of one kind of counter.
+#[derive(Debug)]
+pub struct Rates<K> {
+    samples: HashMap<K, Sample>,
+}
+
+impl<K> Default for Rates<K> {
+    fn default() -> Self {
+        Self { samples: HashMap::new() }
+    }
+}
+
+impl<K: std::hash::Hash + Eq> Rates<K> {
+    fn sample(&mut self, key: K, value: u64, seconds: f64) {
+        let sample = self.samples.entry(key).or_insert(Sample { value, per_second: 0.0 });
+        #[expect(clippy::cast_precision_loss, reason = "a rate is shown with few digits")]
+        let gained = value.saturating_sub(sample.value) as f64;
+        *sample = Sample { value, per_second: gained / seconds };
+    }
+
+    /// Per second, over the last second.
+    pub fn get(&self, key: &K) -> f64 {
+        self.samples.get(key).map_or(0.0, |sample| sample.per_second)
+    }
+}
+
+pub struct Books {
+    layout: Layout,
+    ledgers: BTreeMap<WorkerId, (Ledger, OwnedFd)>,
+    /// What a slot had counted when its rule or output got it.
+    rule_bases: HashMap<RuleSlot, RuleTotals>,
+    output_bases: HashMap<OutputSlot, OutputTotals>,
+    /// What programs counted that are no longer attached.
+    former_rules: HashMap<RuleSlot, RuleTotals>,
+    former_verdicts: BTreeMap<InterfaceName, BTreeMap<&'static str, u64>>,
+    former_steered: BTreeMap<(InterfaceName, QueueId), u64>,
+    sampled: Instant,
+    pub rule_rates: Rates<RuleSlot>,
+    pub output_rates: Rates<OutputSlot>,
+    pub output_byte_rates: Rates<OutputSlot>,
+    pub worker_rates: Rates<WorkerId>,
+}
+
+/// The attached programs by interface.
+pub type Programs = BTreeMap<InterfaceName, Steering>;
+
+impl Books {
+    pub fn new(layout: Layout) -> Self {
+        Self {
+            layout,
+            ledgers: BTreeMap::new(),
+            rule_bases: HashMap::new(),
+            output_bases: HashMap::new(),
+            former_rules: HashMap::new(),
+            former_verdicts: BTreeMap::new(),
+            former_steered: BTreeMap::new(),
+            sampled: Instant::now(),
+            rule_rates: Rates::default(),
+            output_rates: Rates::default(),
+            output_byte_rates: Rates::default(),
+            worker_rates: Rates::default(),
+        }
+    }
+
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The ledger of a worker, the same through all its lives.
+    pub fn ledger(&mut self, id: &WorkerId) -> io::Result<&OwnedFd> {
+        if !self.ledgers.contains_key(id) {
+            self.ledgers.insert(id.clone(), Ledger::create(self.layout)?);
+        }
+        self.ledgers.get(id).map(|(_, fd)| fd).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// Starts the counters of a new rule, and of outputs that are new in it, at zero.
+    pub fn open(&mut self, entry: &Entry, new_rule: bool, new_outputs: &[OutputSlot], programs: &Programs) {
+        if new_rule {
+            self.rule_bases
+                .insert(entry.slot, self.raw_rule(entry.slot, &entry.rule.input.interface, programs));
+            self.rule_rates.samples.remove(&entry.slot);
+        }
+        for slot in new_outputs {
+            self.output_bases.insert(*slot, self.raw_output(*slot));
+            self.output_rates.samples.remove(slot);
+            self.output_byte_rates.samples.remove(slot);
+        }
+    }
+
+    pub fn rule(&self, entry: &Entry, programs: &Programs) -> RuleTotals {
+        let raw = self.raw_rule(entry.slot, &entry.rule.input.interface, programs);
+        let base = self.rule_bases.get(&entry.slot).copied().unwrap_or_default();
+        RuleTotals {
+            matched: raw.matched - base.matched,
+            no_worker: raw.no_worker - base.no_worker,
+            looped: raw.looped - base.looped,
+            received: raw.received - base.received,
+            received_bytes: raw.received_bytes - base.received_bytes,
+            last_seen_ns: if raw.last_seen_ns > base.last_seen_ns { raw.last_seen_ns } else { 0 },
+        }
+    }
+
+    fn raw_rule(&self, slot: RuleSlot, interface: &InterfaceName, programs: &Programs) -> RuleTotals {
+        let mut totals = self.former_rules.get(&slot).copied().unwrap_or_default();
+        if let Some(Ok(counters)) = programs.get(interface).map(|program| program.rule(slot)) {
+            totals.matched += counters.matched;
+            totals.no_worker += counters.no_worker;
+            totals.looped += counters.looped;
+        }
+        for (ledger, _) in self.ledgers.values() {
+            let counters = ledger.rule(slot);
+            totals.received += counters.received.get();
+            totals.received_bytes += counters.received_bytes.get();
+            totals.last_seen_ns = totals.last_seen_ns.max(counters.last_seen_ns.get());
+        }
+        totals
+    }
+
+    /// Counters of an output.
+    pub fn output(&self, slot: OutputSlot) -> OutputTotals {
+        let raw = self.raw_output(slot);
+        let base = self.output_bases.get(&slot).copied().unwrap_or_default();
+        OutputTotals {
+            received: raw.received - base.received,
+            sent: raw.sent - base.sent,
+            sent_bytes: raw.sent_bytes - base.sent_bytes,
+            dropped: std::array::from_fn(|reason| raw.dropped[reason] - base.dropped[reason]),
+        }
+    }
+
+    fn raw_output(&self, slot: OutputSlot) -> OutputTotals {
+        let mut totals = OutputTotals::default();
+        for (ledger, _) in self.ledgers.values() {
+            let counters = ledger.output(slot);
+            totals.received += counters.received.get();
+            totals.sent += counters.sent.get();
+            totals.sent_bytes += counters.sent_bytes.get();
+            for (total, counter) in totals.dropped.iter_mut().zip(&counters.dropped) {
+                *total += counter.get();
+            }
+        }
+        totals
+    }
+
+    pub fn interface(&self, interface: &InterfaceName, programs: &Programs) -> InterfaceTotals {
+        let mut totals = InterfaceTotals {
+            verdicts: self.former_verdicts.get(interface).cloned().unwrap_or_default(),
+            ..InterfaceTotals::default()
+        };
+        if let Some(Ok(verdicts)) = programs.get(interface).map(Steering::verdicts) {
+            for (name, count) in verdicts {
+                *totals.verdicts.entry(name).or_default() += count;
+            }
+        }
+        for (_, (ledger, _)) in self.ledgers.iter().filter(|(id, _)| id.interface == *interface) {
+            for index in 0..self.layout.queues as usize {
+                let queue = ledger.queue(index);
+                totals.received += queue.received.get();
+                totals.rx_dropped += queue.rx_dropped.get();
+                totals.fill_ring_empty += queue.fill_ring_empty.get();
+                totals.rx_ring_full += queue.rx_ring_full.get();
+                totals.worker_died += queue.worker_died.get();
+                totals.no_rule += queue.no_rule.get();
+                totals.refused += queue.refused.get();
+            }
+        }
+        totals
+    }
+
+    /// Frames that a worker took out of its sockets.
+    pub fn worker_received(&self, id: &WorkerId) -> u64 {
+        let Some((ledger, _)) = self.ledgers.get(id) else { return 0 };
+        (0..self.layout.queues as usize).map(|index| ledger.queue(index).received.get()).sum()
+    }
+
+    /// Writes down what a dead worker can no longer say: the datagrams that it held.
+    ///
+    /// Called when its process has ended: its sockets are closed, so that nothing is steered to it any more.
+    pub fn worker_died(&mut self, id: &WorkerId, running: &Running, programs: &Programs) {
+        let Some((ledger, _)) = self.ledgers.get(id) else { return };
+        for output in running.rules.values().flat_map(|rule| &rule.outputs) {
+            let counters = ledger.output(OutputSlot(output.slot));
+            let accounted = counters.sent.get() + counters.dropped_total();
+            counters.drop(DropReason::WorkerDied, counters.received.get().saturating_sub(accounted));
+        }
+        let queues = running.spec.as_ref().map_or(&[][..], |spec| &spec.queues);
+        for (index, &queue) in queues.iter().enumerate() {
+            let steered = self.steered(&id.interface, QueueId(queue), programs);
+            let counters = ledger.queue(index);
+            let accounted = counters.received.get()
+                + counters.rx_dropped.get()
+                + counters.rx_ring_full.get()
+                + counters.worker_died.get();
+            counters.worker_died.add(steered.saturating_sub(accounted));
+        }
+    }
+
+    fn steered(&self, interface: &InterfaceName, queue: QueueId, programs: &Programs) -> u64 {
+        let now = programs.get(interface).and_then(|program| program.steered(queue).ok()).unwrap_or_default();
+        now + self.former_steered.get(&(interface.clone(), queue)).copied().unwrap_or_default()
+    }
+
+    /// Keeps what a program counted that is about to be detached.
+    pub fn program_ends(&mut self, interface: &InterfaceName, program: &Steering, state: &State) {
+        for entry in state.rules().iter().filter(|entry| entry.rule.input.interface == *interface) {
+            if let Ok(counters) = program.rule(entry.slot) {
+                let former = self.former_rules.entry(entry.slot).or_default();
+                former.matched += counters.matched;
+                former.no_worker += counters.no_worker;
+                former.looped += counters.looped;
+            }
+        }
+        if let Ok(verdicts) = program.verdicts() {
+            let former = self.former_verdicts.entry(interface.clone()).or_default();
+            for (name, count) in verdicts {
+                *former.entry(name).or_default() += count;
+            }
+        }
+        for queue in (0..self.layout.queues).map(QueueId) {
+            if let Ok(steered) = program.steered(queue) {
+                *self.former_steered.entry((interface.clone(), queue)).or_default() += steered;
+            }
+        }
+    }
+
+    /// Takes the samples that rates are made of; once a second.
+    pub fn sample(&mut self, state: &State) {
+        let seconds = self.sampled.elapsed().as_secs_f64();
+        self.sampled = Instant::now();
+        for entry in state.rules().iter() {
+            let received =
+                self.ledgers.values().map(|(ledger, _)| ledger.rule(entry.slot).received.get()).sum();
+            self.rule_rates.sample(entry.slot, received, seconds);
+            for slot in &entry.output_slots {
+                let totals = self.raw_output(*slot);
+                self.output_rates.sample(*slot, totals.sent, seconds);
+                self.output_byte_rates.sample(*slot, totals.sent_bytes, seconds);
+            }
+        }
+        let received: Vec<_> = self.ledgers.keys().map(|id| (id.clone(), self.worker_received(id))).collect();
+        for (id, received) in received {
+            self.worker_rates.sample(id, received, seconds);
+        }
+    }
+}

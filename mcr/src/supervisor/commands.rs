@@ -1,0 +1,220 @@
+//! The operator's calls: what each asks of the state, and what is answered.
+
+use serde::Serialize;
+use serde_json::Value;
+use tracing::info;
+
+use crate::{
+    api::{
+        server::Call,
+        wire::{
+            self, Error, LogLevel, LogLevelInfo, Outcome, Pong, Request, RuleChange, RuleOutcome, RuleSpec,
+            SCHEMA, Stopping,
+        },
+    },
+    datapath,
+    rule::{DatapathChoice, Input, Origin, Output, OutputSlot, Rule, RuleName},
+    ruleset::{Amendment, Change, Entry, Refusal},
+    supervisor::{run::Daemon, settings, state::Problem},
+};
+
+type Answer = Result<Value, Error>;
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::UnknownRule { name } => Error::unknown_rule(&name),
+            refusal => Error::refused(refusal.to_string()),
+        }
+    }
+}
+
+fn refused(error: impl std::fmt::Display) -> Error {
+    Error::refused(error.to_string())
+}
+
+fn json(answer: &impl Serialize) -> Answer {
+    serde_json::to_value(answer).map_err(|error| Error {
+        code: wire::code::INTERNAL,
+        message: format!("the answer cannot be written: {error}"),
+    })
+}
+
+impl Daemon {
+    /// Does what a call asks and replies.
+    pub async fn answer(&mut self, call: Call) {
+        let changes = matches!(
+            call.request,
+            Request::RuleAdd(_)
+                | Request::RuleSet(_)
+                | Request::RuleRemove(_)
+                | Request::LogLevelSet(_)
+                | Request::Stop
+        );
+        if changes {
+            info!(uid = call.peer.uid, pid = call.peer.pid, request = ?call.request, "asked");
+        }
+        let stops = matches!(call.request, Request::Stop);
+        let answer = self.perform(call.request).await;
+        // A client that has gone misses its answer, nothing else.
+        let _ = call.reply.send(answer);
+        if stops {
+            self.stop.notify_one();
+        }
+    }
+
+    async fn perform(&mut self, request: Request) -> Answer {
+        match request {
+            Request::Ping => json(&Pong {
+                schema: SCHEMA,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: std::process::id(),
+            }),
+            Request::Status => json(&self.status()),
+            Request::Stop => json(&Stopping { schema: SCHEMA, pid: std::process::id() }),
+            Request::RuleAdd(spec) => self.add_rule(&spec).await,
+            Request::RuleSet(change) => self.set_rule(&change).await,
+            Request::RuleRemove(rule) => self.remove_rule(&rule.name).await,
+            Request::RuleList => json(&self.rule_list()),
+            Request::RuleShow(rule) => json(&self.rule_show(&rule.name)?),
+            Request::Stats(query) => json(&self.stats(query.rule.as_deref())?),
+            Request::Workers => json(&self.worker_list()),
+            Request::LogLevelGet => json(&self.log_level()),
+            Request::LogLevelSet(level) => self.set_log_level(&level).await,
+        }
+    }
+
+    async fn add_rule(&mut self, spec: &RuleSpec) -> Answer {
+        let rule = self.read_rule(spec)?;
+        let name = rule.name.clone();
+        let change = self.state.add(rule, Origin::Cli)?;
+        let outcome = if change == Change::Made { Outcome::Added } else { Outcome::Unchanged };
+        if change == Change::Made {
+            let entry = self.state.rules().get(name.as_str())?.clone();
+            self.books.open(&entry, true, &entry.output_slots, &self.programs);
+        }
+        self.settle().await;
+        let entry = self.state.rules().get(name.as_str())?.clone();
+        if let (Change::Made, Some((Problem::Failed, why))) = (change, self.state.rule_problem(&entry)) {
+            self.state.remove(name.as_str())?;
+            self.settle().await;
+            return Err(Error::refused(why));
+        }
+        self.outcome(outcome, &entry, self.warnings(&entry))
+    }
+
+    /// The rule that a specification means; one without a name has that of its twin, or a derived one.
+    fn read_rule(&self, spec: &RuleSpec) -> Result<Rule, Error> {
+        let input: Input = spec.input.parse().map_err(refused)?;
+        let outputs = parse_outputs(&spec.outputs)?;
+        let name = match (&spec.name, self.state.rules().by_input(&input)) {
+            (Some(name), _) => name.parse().map_err(refused)?,
+            (None, Some(twin)) if twin.rule.outputs == outputs => twin.rule.name.clone(),
+            (None, _) => RuleName::derived(&input),
+        };
+        let datapath = self.choose(&spec.datapath)?;
+        Ok(Rule { name, input, outputs, datapath, merge: spec.merge, link_local: spec.link_local })
+    }
+
+    /// The datapath asked for: the rule's, else the daemon's. One that is not built is refused.
+    fn choose(&self, asked: &str) -> Result<DatapathChoice, Error> {
+        let mut asked: DatapathChoice = asked.parse().map_err(refused)?;
+        if asked.0.is_none() {
+            asked = self.settings.datapath;
+        }
+        datapath::choose(asked).map_err(refused)?;
+        Ok(asked)
+    }
+
+    async fn set_rule(&mut self, change: &RuleChange) -> Answer {
+        let amendment = Amendment {
+            add: parse_outputs(&change.add_out)?,
+            delete: parse_outputs(&change.del_out)?,
+            datapath: change.datapath.as_deref().map(|asked| self.choose(asked)).transpose()?,
+            merge: change.merge,
+            link_local: change.link_local,
+        };
+        let known = self.state.rules().get(&change.name)?.output_slots.clone();
+        let made = self.state.amend(&change.name, amendment)?;
+        let entry = self.state.rules().get(&change.name)?.clone();
+        let new: Vec<OutputSlot> =
+            entry.output_slots.iter().copied().filter(|slot| !known.contains(slot)).collect();
+        self.books.open(&entry, false, &new, &self.programs);
+        self.settle().await;
+        let outcome = if made == Change::Made { Outcome::Changed } else { Outcome::Unchanged };
+        self.outcome(outcome, &entry, self.warnings(&entry))
+    }
+
+    /// Answered when not one more datagram of the rule leaves.
+    async fn remove_rule(&mut self, name: &str) -> Answer {
+        let entry = self.state.remove(name)?;
+        self.settle().await;
+        self.outcome(Outcome::Removed, &entry, Vec::new())
+    }
+
+    fn outcome(&self, outcome: Outcome, entry: &Entry, warnings: Vec<String>) -> Answer {
+        json(&RuleOutcome { schema: SCHEMA, outcome, rule: self.rule_info(entry), warnings })
+    }
+
+    /// What the operator should know of a rule that stands.
+    fn warnings(&self, entry: &Entry) -> Vec<String> {
+        let rule = &entry.rule;
+        let mut warnings = Vec::new();
+        if let Some((_, why)) = self.state.rule_problem(entry) {
+            warnings.push(format!("rule '{}' waits: {why}", rule.name));
+        }
+        for output in &rule.outputs {
+            if let Some(why) = self.state.output_pending(output) {
+                warnings.push(format!("the output {output} waits: {why}"));
+            }
+        }
+        warnings.extend(self.mtu_warnings(rule));
+        for other in self.state.rules().overlapping(&rule.input) {
+            let (specific, any) = if rule.input.source.is_some() { (entry, other) } else { (other, entry) };
+            warnings.push(format!(
+                "rule '{}' takes the datagrams of its source out of rule '{}'",
+                specific.rule.name, any.rule.name
+            ));
+        }
+        warnings
+    }
+
+    fn mtu_warnings<'a>(&'a self, rule: &'a Rule) -> impl Iterator<Item = String> + 'a {
+        let links = self.state.links();
+        let ingress = links.get(&rule.input.interface).map_or(0, |link| link.mtu);
+        rule.outputs.iter().filter_map(move |output| {
+            let egress = links.get(&output.interface)?.mtu;
+            let (from, to) = (&rule.input.interface, &output.interface);
+            (egress < ingress).then(|| {
+                format!(
+                    "the MTU of {to} ({egress}) is below that of {from} ({ingress}): \
+                     payloads over {} bytes are dropped as too_big",
+                    egress.saturating_sub(28)
+                )
+            })
+        })
+    }
+
+    fn log_level(&self) -> LogLevelInfo {
+        LogLevelInfo { schema: SCHEMA, level: self.log.level().as_str().to_owned() }
+    }
+
+    async fn set_log_level(&mut self, asked: &LogLevel) -> Answer {
+        let level: settings::LogLevel = clap::ValueEnum::from_str(&asked.level, false).map_err(|_| {
+            Error::refused(format!(
+                "'{}' is no log level: use error, warn, info, debug or trace",
+                asked.level
+            ))
+        })?;
+        self.log.set_level(level);
+        for worker in self.workers.values_mut() {
+            // A worker that cannot be told is about to be restarted, with the new level.
+            let _ = worker.set_log_level(level.as_str()).await;
+        }
+        json(&self.log_level())
+    }
+}
+
+fn parse_outputs(texts: &[String]) -> Result<Vec<Output>, Error> {
+    texts.iter().map(|text| text.parse().map_err(refused)).collect()
+}

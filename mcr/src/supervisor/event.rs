@@ -1,0 +1,108 @@
+//! What happens to the supervisor, and what it does about it.
+
+use std::{fmt, time::Duration};
+
+use mcr_common::flow::{FlowKey4, FlowValue};
+
+use crate::{
+    net::{egress_socket::EgressKey, links::Links, membership::Membership},
+    rule::{IfIndex, InterfaceName, RuleSlot},
+    worker::protocol::CompiledRule,
+};
+
+/// A worker: its interface, and its place among the interface's workers.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WorkerId {
+    pub interface: InterfaceName,
+    pub index: u32,
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.interface, self.index)
+    }
+}
+
+/// What a worker is to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerSpec {
+    pub ifindex: IfIndex,
+    pub queues: Vec<u32>,
+    pub cpu: Option<u32>,
+    pub chunk_bytes: u32,
+}
+
+/// What happens beside the operator's commands.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The interfaces are these now.
+    Links(Links),
+    /// A worker process has ended.
+    WorkerExited { id: WorkerId, why: String, lived: Duration },
+    /// The pause after a worker's end is over.
+    RestartDue { id: WorkerId },
+    /// The daemon is to end.
+    Stop,
+}
+
+/// What is to be done, in the order in which it is said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Load the program for an interface and attach it.
+    Attach {
+        interface: InterfaceName,
+    },
+    Detach {
+        interface: InterfaceName,
+    },
+    /// Start a worker; nothing is steered to it yet.
+    StartWorker {
+        id: WorkerId,
+        spec: WorkerSpec,
+    },
+    /// Put a worker's sockets into the XSKMAP: it has its rules.
+    Steer {
+        id: WorkerId,
+    },
+    /// Let a worker relay what it holds, and end it.
+    StopWorker {
+        id: WorkerId,
+    },
+    /// Send the event `RestartDue` then.
+    RestartAfter {
+        id: WorkerId,
+        delay: Duration,
+    },
+    OpenEgress {
+        id: WorkerId,
+        socket: u32,
+        key: EgressKey,
+    },
+    CloseEgress {
+        id: WorkerId,
+        socket: u32,
+    },
+    /// Give a worker a rule, and wait until it has taken it.
+    UpsertRule {
+        id: WorkerId,
+        rule: CompiledRule,
+    },
+    /// Take a rule from a worker, and wait until it has let go.
+    RemoveRule {
+        id: WorkerId,
+        slot: RuleSlot,
+    },
+    SetFlow {
+        interface: InterfaceName,
+        key: FlowKey4,
+        value: FlowValue,
+    },
+    DeleteFlow {
+        interface: InterfaceName,
+        key: FlowKey4,
+    },
+    /// Wait until no program that runs can still act on a deleted flow.
+    Barrier,
+    Join(Membership),
+    Leave(Membership),
+}

@@ -1,0 +1,175 @@
+//! What the daemon needs of its host, checked before it starts: capabilities, io_uring, a bpffs, and that
+//! no other daemon serves this network namespace.
+
+use std::{
+    fs, io,
+    os::{
+        fd::OwnedFd,
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixDatagram},
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CpuSet, sched_getaffinity},
+    sys::statfs::{FsType, statfs},
+    unistd::Pid,
+};
+use tracing::warn;
+
+use crate::{
+    sys::{multicast, privileges},
+    worker::ring::Ring,
+};
+
+const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+const BPF_FS: &str = "/sys/fs/bpf";
+
+/// The least kernel that mcr runs on, for messages.
+const LEAST_KERNEL: &str = "Linux 6.1";
+
+/// The daemon's place in this network namespace: nobody else serves it while this lives.
+#[derive(Debug)]
+pub struct Namespace {
+    /// Directory of this namespace's pins.
+    pub pins: PathBuf,
+    /// An abstract name is the namespace's own and goes with its holder.
+    _lock: OwnedFd,
+}
+
+pub fn check_capabilities() -> anyhow::Result<()> {
+    let missing = privileges::missing();
+    if !missing.is_empty() {
+        bail!(
+            "mcr run needs {}: run it as root, or give the capabilities by a service manager or `setpriv --ambient-caps`",
+            missing.join(" and ")
+        );
+    }
+    Ok(())
+}
+
+/// Tries what every worker will do.
+pub fn check_io_uring() -> anyhow::Result<()> {
+    let Err(error) = Ring::new() else { return Ok(()) };
+    let release = nix::sys::utsname::uname()
+        .map_or_else(|_| "?".to_owned(), |name| name.release().to_string_lossy().into_owned());
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => bail!(
+            "io_uring is forbidden here: set kernel.io_uring_disabled=0, or allow it in the container's seccomp profile"
+        ),
+        Some(libc::ENOSYS) => bail!(
+            "io_uring is missing: kernel {release} has none or a seccomp profile hides it; mcr needs {LEAST_KERNEL}"
+        ),
+        Some(libc::EINVAL) => {
+            bail!("kernel {release} is too old for mcr's use of io_uring: it needs {LEAST_KERNEL}")
+        }
+        _ => bail!("io_uring cannot be set up on kernel {release}: {error}"),
+    }
+}
+
+/// Claims this network namespace under a pin root, mounts a bpffs if there is none, and clears what a
+/// killed daemon left: its pins, and with them its programs.
+pub fn claim_namespace(pin_root: &Path) -> anyhow::Result<Namespace> {
+    let lock = lock_namespace(pin_root)?;
+    ensure_bpffs(pin_root)?;
+    let cookie = multicast::netns_cookie(&lock)
+        .context("the network namespace has no cookie: mcr needs Linux 5.14")?;
+    let pins = pin_root.join(cookie.to_string());
+    clear_leftovers(&pins);
+    Ok(Namespace { pins, _lock: lock })
+}
+
+fn lock_namespace(pin_root: &Path) -> anyhow::Result<OwnedFd> {
+    let name = format!("mcr{}", pin_root.display());
+    let address = SocketAddr::from_abstract_name(&name).with_context(|| {
+        format!("the pin root {} is too long: choose another with --pin-root", pin_root.display())
+    })?;
+    match UnixDatagram::bind_addr(&address) {
+        Ok(socket) => Ok(socket.into()),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => bail!(
+            "a daemon is running in this network namespace with the pin root {}: stop it with `mcr stop`, or choose another --pin-root",
+            pin_root.display()
+        ),
+        Err(error) => Err(error).context("the network namespace cannot be claimed"),
+    }
+}
+
+/// A bpffs where pins are to be: the usual one is mounted if it is not.
+fn ensure_bpffs(pin_root: &Path) -> anyhow::Result<()> {
+    if is_bpffs(pin_root) {
+        warn_of_private_mounts(pin_root);
+        return Ok(());
+    }
+    if !pin_root.starts_with(BPF_FS) {
+        bail!(
+            "{} is on no bpffs: mount one there with `mount -t bpf bpf DIR`, or choose another --pin-root",
+            pin_root.display()
+        );
+    }
+    mount(Some("bpf"), BPF_FS, Some("bpf"), MsFlags::empty(), None::<&str>).with_context(|| {
+        format!("no bpffs can be mounted on {BPF_FS}: mount it with `mount -t bpf bpf {BPF_FS}`")
+    })?;
+    warn_of_private_mounts(pin_root);
+    Ok(())
+}
+
+/// Whether the nearest directory that exists is on a bpffs.
+fn is_bpffs(path: &Path) -> bool {
+    path.ancestors()
+        .find_map(|path| statfs(path).ok())
+        .is_some_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Pins in a mount namespace of our own end with it, whatever they are to outlive.
+fn warn_of_private_mounts(pin_root: &Path) {
+    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    if let (Some(ours), Some(first)) = (namespace("self"), namespace("1"))
+        && ours != first
+    {
+        warn!(
+            pins = %pin_root.display(),
+            "this mount namespace is not the host's (`ip netns exec` makes one): bpftool elsewhere may not see the pins"
+        );
+    }
+}
+
+/// Pins of this namespace that are there before any daemon runs are a dead one's.
+fn clear_leftovers(pins: &Path) {
+    let Ok(entries) = fs::read_dir(pins) else { return };
+    for entry in entries.flatten() {
+        warn!(pins = %entry.path().display(), "cleared what a killed daemon left");
+        crate::ebpf::clear_pins(&entry.path());
+    }
+    let _ = fs::remove_dir(pins);
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // Each fails while something is left in it, which then is somebody else's.
+        let _ = fs::remove_dir(&self.pins);
+        if let Some(root) = self.pins.parent() {
+            let _ = fs::remove_dir(root);
+        }
+    }
+}
+
+/// The CPUs that workers are pinned to where nothing is said: those that this process may run on.
+pub fn default_cpus() -> Vec<u32> {
+    let Ok(allowed) = sched_getaffinity(Pid::from_raw(0)) else { return vec![0] };
+    (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).map(|cpu| cpu as u32).collect()
+}
+
+/// Refuses CPUs that there are not.
+pub fn check_cpus(asked: &[u32]) -> anyhow::Result<()> {
+    let allowed = default_cpus();
+    match asked.iter().find(|cpu| !allowed.contains(cpu)) {
+        None => Ok(()),
+        Some(cpu) => {
+            let allowed: Vec<_> = allowed.iter().map(u32::to_string).collect();
+            bail!("CPU {cpu} is none that this process may use: choose from {}", allowed.join(","))
+        }
+    }
+}

@@ -1,0 +1,432 @@
+//! The supervisor's loop: carries out what [`State`] plans, with real descriptors, processes and clocks.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::AsFd,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, mpsc},
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    api::{
+        server::{self, Call},
+        socket::{self, ControlLock},
+    },
+    datapath::{self, af_xdp},
+    ebpf::{self, Object, Placement, Steering},
+    net::{
+        egress_socket::{self, SourcePort},
+        links::LinkWatch,
+        membership::Memberships,
+    },
+    rule::{InterfaceName, QueueId},
+    ruleset::OUTPUTS_PER_RULE,
+    supervisor::{
+        books::{Books, Programs},
+        event::{Effect, Event, WorkerId, WorkerSpec},
+        host::{self, Namespace},
+        log::LogControl,
+        settings::Settings,
+        state::{Limits, State},
+        worker_process::WorkerProcess,
+    },
+    worker::{ledger::Layout, protocol::Setup},
+};
+
+/// Calls that wait for the supervisor.
+const CALLS: usize = 256;
+
+/// Queues that one worker may serve.
+const MAX_QUEUES: u32 = 64;
+
+/// Everything that the supervisor owns.
+pub struct Daemon {
+    pub settings: Settings,
+    pub state: State,
+    pub programs: Programs,
+    pub books: Books,
+    pub log: LogControl,
+    pub since: SystemTime,
+    pub workers: BTreeMap<WorkerId, WorkerProcess>,
+    object: Object,
+    memberships: Memberships,
+    pins: PathBuf,
+    events: mpsc::UnboundedSender<Event>,
+    /// Wakes the loop up to end.
+    pub stop: Arc<Notify>,
+}
+
+/// The daemon's life.
+pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
+    host::check_capabilities()?;
+    let object = Object::open(settings.bpf_object.as_deref())?;
+    host::check_io_uring()?;
+    datapath::choose(settings.datapath)?;
+    let cpus = match &settings.cpus {
+        Some(cpus) => {
+            host::check_cpus(cpus)?;
+            cpus.clone()
+        }
+        None => host::default_cpus(),
+    };
+    let lock = ControlLock::acquire(&settings.control)?;
+    let namespace = host::claim_namespace(&settings.pin_root)?;
+    let source_port =
+        SourcePort::hold(settings.source_port).with_context(|| source_port_refused(settings.source_port))?;
+    let listener = tokio::net::UnixListener::from_std(socket::bind(&lock)?)?;
+    let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
+
+    let limits = Limits {
+        max_rules: settings.max_rules,
+        workers: settings.workers.map(std::num::NonZeroU32::get),
+        cpus,
+        source_port: source_port.get(),
+    };
+    let layout =
+        Layout { queues: MAX_QUEUES, rules: limits.max_rules, outputs: limits.max_rules * OUTPUTS_PER_RULE };
+    let (events, incoming) = mpsc::unbounded_channel();
+    let mut daemon = Daemon {
+        state: State::new(limits),
+        programs: Programs::new(),
+        books: Books::new(layout),
+        log,
+        since: SystemTime::now(),
+        workers: BTreeMap::new(),
+        object,
+        memberships: Memberships::default(),
+        pins: namespace.pins.clone(),
+        events,
+        stop: Arc::new(Notify::new()),
+        settings,
+    };
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        control = %daemon.settings.control.display(),
+        source_port = source_port.get(),
+        "ready"
+    );
+    daemon.serve(listener, links, incoming).await?;
+    leave(namespace, lock);
+    Ok(())
+}
+
+fn source_port_refused(asked: Option<u16>) -> String {
+    match asked {
+        Some(port) => format!(
+            "the source port {port} cannot be had: another program may use it, choose another --source-port"
+        ),
+        None => "no source port can be had".to_owned(),
+    }
+}
+
+/// Gives the namespace back before the lock: whoever gets the lock finds it free.
+fn leave(namespace: Namespace, lock: ControlLock) {
+    drop(namespace);
+    drop(lock);
+    info!("ended");
+}
+
+impl Daemon {
+    async fn serve(
+        &mut self,
+        listener: tokio::net::UnixListener,
+        mut links: LinkWatch,
+        mut incoming: mpsc::UnboundedReceiver<Event>,
+    ) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let (calls, mut called) = mpsc::channel(CALLS);
+        let server_end = Arc::new(Notify::new());
+        let ending = Arc::clone(&server_end);
+        let mut serving = tokio::spawn(server::serve(
+            listener,
+            calls,
+            async move { ending.notified().await },
+            server::Limits::default(),
+        ));
+        let mut second = interval(Duration::from_secs(1));
+        second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let stop = Arc::clone(&self.stop);
+
+        self.read_links(&links).await;
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => { info!("SIGTERM: ending"); break }
+                _ = interrupt.recv() => { info!("SIGINT: ending"); break }
+                () = stop.notified() => break,
+                Some(call) = called.recv() => self.answer(call).await,
+                Some(event) = incoming.recv() => self.take(event).await,
+                () = links.changed() => self.read_links(&links).await,
+                _ = second.tick() => self.books.sample(&self.state),
+            }
+        }
+
+        server_end.notify_one();
+        // Calls that are under way are dropped, which answers that the daemon is ending.
+        loop {
+            tokio::select! {
+                Some(call) = called.recv() => drop::<Call>(call),
+                _ = &mut serving => break,
+            }
+        }
+        self.take(Event::Stop).await;
+        Ok(())
+    }
+
+    async fn read_links(&mut self, watch: &LinkWatch) {
+        match watch.snapshot().await {
+            Ok(links) => {
+                if links != *self.state.links() {
+                    self.take(Event::Links(links)).await;
+                }
+            }
+            Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
+        }
+    }
+
+    /// Takes an event in and does what follows from it.
+    async fn take(&mut self, event: Event) {
+        let event = match event {
+            Event::WorkerExited { id, why, lived } => self.bury(id, why, lived),
+            event => event,
+        };
+        for effect in self.state.apply(event) {
+            if let Err(why) = self.execute(&effect).await {
+                error!(?effect, why, "failed");
+            }
+        }
+        self.settle().await;
+    }
+
+    /// Accounts for a worker that has ended.
+    fn bury(&mut self, id: WorkerId, why: String, lived: Duration) -> Event {
+        let last_words = self.workers.remove(&id).and_then(|mut worker| worker.last_words());
+        let why = last_words.unwrap_or(why);
+        if let Some(running) = self.state.workers().get(&id) {
+            self.books.worker_died(&id, running, &self.programs);
+            error!(worker = %id, why, "worker ended; it is restarted");
+        }
+        Event::WorkerExited { id, why, lived }
+    }
+
+    /// Does what is planned until nothing is.
+    pub async fn settle(&mut self) {
+        loop {
+            let plan = self.state.plan();
+            if plan.is_empty() {
+                return;
+            }
+            for effect in plan {
+                debug!(?effect, "doing");
+                match self.execute(&effect).await {
+                    Ok(()) => self.state.done(&effect),
+                    Err(why) => {
+                        warn!("{why}");
+                        self.state.failed(&effect, why);
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Carries out one effect.
+    async fn execute(&mut self, effect: &Effect) -> Result<(), String> {
+        match effect {
+            Effect::Attach { interface } => self.attach(interface),
+            Effect::Detach { interface } => {
+                if let Some(program) = self.programs.remove(interface) {
+                    self.books.program_ends(interface, &program, &self.state);
+                }
+                Ok(())
+            }
+            Effect::StartWorker { id, spec } => self.start_worker(id, spec).await,
+            Effect::Steer { id } => self.steer(id),
+            Effect::StopWorker { id } => {
+                if let Some(mut worker) = self.workers.remove(id) {
+                    worker.drain().await;
+                }
+                if let Some(running) = self.state.workers().get(id) {
+                    self.books.worker_died(id, running, &self.programs);
+                }
+                Ok(())
+            }
+            Effect::RestartAfter { id, delay } => {
+                let (id, delay, events) = (id.clone(), *delay, self.events.clone());
+                tokio::spawn(async move {
+                    sleep(delay).await;
+                    let _ = events.send(Event::RestartDue { id });
+                });
+                Ok(())
+            }
+            Effect::SetFlow { interface, key, value } => match self.programs.get_mut(interface) {
+                Some(program) => program.set_flow(key, *value).map_err(|error| error.to_string()),
+                None => Err(format!("{interface} has no program")),
+            },
+            Effect::DeleteFlow { interface, key } => match self.programs.get_mut(interface) {
+                Some(program) => program.delete_flow(key).map_err(|error| error.to_string()),
+                None => Ok(()),
+            },
+            Effect::Barrier => {
+                barrier().await;
+                Ok(())
+            }
+            Effect::Join(membership) => self.memberships.join(*membership).map_err(|error| {
+                let source =
+                    membership.source.map(|source| format!(" of source {source}")).unwrap_or_default();
+                format!("the group {}{source} cannot be joined: {error}", membership.group)
+            }),
+            Effect::Leave(membership) => {
+                self.memberships.leave(*membership).map_err(|error| error.to_string())
+            }
+            Effect::OpenEgress { id, .. }
+            | Effect::CloseEgress { id, .. }
+            | Effect::UpsertRule { id, .. }
+            | Effect::RemoveRule { id, .. } => self.tell_worker(id, effect).await,
+        }
+    }
+
+    fn attach(&mut self, interface: &InterfaceName) -> Result<(), String> {
+        let link = self.state.links().get(interface).ok_or_else(|| format!("{interface} does not exist"))?;
+        let placement = Placement {
+            interface,
+            index: link.index,
+            kind: &link.kind,
+            mtu: link.mtu,
+            queues: link.rx_queues.max(MAX_QUEUES),
+            max_rules: self.settings.max_rules,
+            pins: self.pins.join(interface.as_str()),
+            occupant: link.xdp_program,
+        };
+        let mut program = Steering::attach(&self.object, &placement).map_err(|error| one_line(&error))?;
+        info!(%interface, kind = link.kind, queues = link.rx_queues, "native XDP attached");
+        if let Some(mut logger) = program.logger() {
+            info!(%interface, "the XDP program logs");
+            tokio::spawn(async move {
+                loop {
+                    logger.flush();
+                    sleep(Duration::from_millis(100)).await;
+                }
+            });
+        }
+        self.programs.insert(interface.clone(), program);
+        Ok(())
+    }
+
+    /// Starts a worker and takes its sockets.
+    async fn start_worker(&mut self, id: &WorkerId, spec: &WorkerSpec) -> Result<(), String> {
+        let setup = Setup {
+            interface: id.interface.as_str().to_owned(),
+            queues: spec.queues.clone(),
+            cpu: spec.cpu,
+            chunk_bytes: spec.chunk_bytes,
+            frames: af_xdp::FRAMES,
+            layout: self.books.layout(),
+            log_level: self.log.level().as_str().to_owned(),
+        };
+        let ledger = self.books.ledger(id).map_err(|error| format!("no ledger for worker {id}: {error}"))?;
+        let mut worker = match WorkerProcess::spawn(id, self.events.clone()) {
+            Ok(worker) => worker,
+            Err(error) => {
+                // No process tells its end, so this does.
+                let why = one_line(&error);
+                let _ = self.events.send(Event::WorkerExited {
+                    id: id.clone(),
+                    why: why.clone(),
+                    lived: Duration::ZERO,
+                });
+                return Err(why);
+            }
+        };
+        let answer = worker.set_up(setup, ledger).await;
+        let pid = worker.pid;
+        let worker = self.workers.entry(id.clone()).insert_entry(worker).into_mut();
+        let sockets = match answer {
+            Ok(sockets) if sockets.len() == spec.queues.len() => sockets,
+            Ok(_) => {
+                worker.kill();
+                return Err(format!("worker {id} did not hand up its sockets"));
+            }
+            Err(error) => {
+                worker.kill();
+                return Err(format!("worker {id} did not start: {}", one_line(&error)));
+            }
+        };
+        worker.hold(spec.queues.iter().copied().map(QueueId).zip(sockets).collect());
+        info!(worker = %id, pid, queues = ?spec.queues, cpu = spec.cpu, "worker started");
+        Ok(())
+    }
+
+    /// Steers frames to a worker that has its rules.
+    fn steer(&mut self, id: &WorkerId) -> Result<(), String> {
+        let Some(worker) = self.workers.get_mut(id) else { return Err(format!("worker {id} has ended")) };
+        let Some(program) = self.programs.get_mut(&id.interface) else {
+            return Err(format!("{} has no program", id.interface));
+        };
+        for (queue, socket) in worker.take_sockets() {
+            if let Err(error) = program.set_socket(queue, socket.as_fd()) {
+                worker.kill();
+                return Err(one_line(&error));
+            }
+        }
+        info!(worker = %id, "worker relays");
+        Ok(())
+    }
+
+    /// Tells a worker something, and ends it if it does not obey.
+    async fn tell_worker(&mut self, id: &WorkerId, effect: &Effect) -> Result<(), String> {
+        let Some(worker) = self.workers.get_mut(id) else {
+            return Err(format!("worker {id} has ended"));
+        };
+        let told = match effect {
+            Effect::OpenEgress { socket, key, .. } => {
+                let egress = egress_socket::open(key).map_err(|error| {
+                    format!("no socket sends from {} port {}: {error}", key.interface, key.source_port)
+                })?;
+                worker.open_egress(*socket, &egress).await
+            }
+            Effect::CloseEgress { socket, .. } => worker.close_egress(*socket).await,
+            Effect::UpsertRule { rule, .. } => worker.upsert(rule.clone()).await,
+            Effect::RemoveRule { slot, .. } => worker.remove(slot.0).await,
+            _ => Ok(()),
+        };
+        told.map_err(|error| {
+            worker.kill();
+            format!("worker {id}: {}", one_line(&error))
+        })
+    }
+}
+
+/// Waits until all programs are through that might act on a deleted flow.
+async fn barrier() {
+    // Longer than any softirq may run before it is pushed back.
+    const GRACE: Duration = Duration::from_millis(100);
+    if let Err(error) = ebpf::barrier() {
+        debug!(%error, "membarrier is not to be had; waiting instead");
+        sleep(GRACE).await;
+    }
+}
+
+/// An error with its causes, in one line.
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        cause = error.source();
+    }
+    line
+}

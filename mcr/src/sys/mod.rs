@@ -1,0 +1,6 @@
+//! The system calls that no library of ours wraps, thin.
+
+pub mod channel;
+pub mod ethtool;
+pub mod multicast;
+pub mod privileges;

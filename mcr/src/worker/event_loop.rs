@@ -1,0 +1,220 @@
+//! The worker's one loop: drain the queues, relay, send, give the frames back; asleep when idle.
+
+use std::io;
+
+use libc::iovec;
+use mcr_common::parse::{PAYLOAD_OFFSET, parse};
+use nix::time::{ClockId, clock_gettime};
+use tracing::{debug, info};
+
+use crate::worker::{
+    LogFilter, Supervisor,
+    egress::UringEgress,
+    ingress::af_xdp::{self, AfXdpQueue, RxBatch},
+    ledger::Ledger,
+    protocol::{Command, Report},
+    relay::{Batch, FlowTable, relay},
+    ring::{Completion, Token},
+    set_log_level,
+};
+
+/// How often the kernel's counters of the sockets are copied into the ledger.
+const STATISTICS_PERIOD_MS: u32 = 250;
+
+/// A queue with what the loop knows of it.
+struct Queue {
+    socket: AfXdpQueue,
+    frames: RxBatch,
+    /// A poll of the socket is in the ring.
+    polled: bool,
+}
+
+/// The state of a running worker.
+pub(crate) struct EventLoop {
+    queues: Vec<Queue>,
+    table: FlowTable,
+    batch: Batch,
+    ledger: Ledger,
+    egress: UringEgress,
+    log_filter: LogFilter,
+    command_waits: bool,
+    draining: bool,
+}
+
+impl EventLoop {
+    pub(crate) fn new(
+        queues: Vec<AfXdpQueue>,
+        ledger: Ledger,
+        egress: UringEgress,
+        log_filter: LogFilter,
+    ) -> Self {
+        let queue = |socket| Queue { socket, frames: af_xdp::batch(), polled: false };
+        Self {
+            queues: queues.into_iter().map(queue).collect(),
+            table: FlowTable::default(),
+            batch: Batch::new(),
+            ledger,
+            egress,
+            log_filter,
+            command_waits: false,
+            draining: false,
+        }
+    }
+
+    /// Runs until the supervisor says so or is gone.
+    pub(crate) fn run(&mut self, supervisor: &mut Supervisor) -> anyhow::Result<()> {
+        debug!("relaying");
+        self.egress.ring.push_poll(Token::Command, supervisor.fd())?;
+        self.egress.ring.push_timer(STATISTICS_PERIOD_MS)?;
+        loop {
+            let mut busy = false;
+            for index in 0..self.queues.len() {
+                busy |= self.relay_queue(index)?;
+            }
+            if self.command_waits && !self.obey(supervisor)? {
+                return Ok(());
+            }
+            if busy {
+                self.complete()?;
+            } else if self.draining {
+                self.read_statistics()?;
+                return Ok(());
+            } else {
+                self.sleep()?;
+            }
+        }
+    }
+
+    /// Relays one batch of a queue. False if none waited.
+    fn relay_queue(&mut self, index: usize) -> io::Result<bool> {
+        let Queue { socket, frames, .. } = &mut self.queues[index];
+        socket.receive(frames);
+        if frames.is_empty() {
+            return Ok(false);
+        }
+        let counters = self.ledger.queue(index);
+        counters.received.add(frames.len() as u64);
+        self.batch.clear();
+        for frame in 0..frames.len() {
+            let Some(bytes) = socket.frame(frames, frame) else {
+                counters.refused.add(1);
+                continue;
+            };
+            match parse(&bytes) {
+                Ok(datagram) => {
+                    let payload = &bytes[PAYLOAD_OFFSET..PAYLOAD_OFFSET + usize::from(datagram.payload_len)];
+                    let payload =
+                        iovec { iov_base: payload.as_ptr().cast_mut().cast(), iov_len: payload.len() };
+                    if !self.batch.push(&self.table, &datagram, payload) {
+                        counters.no_rule.add(1);
+                    }
+                }
+                Err(_) => counters.refused.add(1),
+            }
+        }
+        relay(&mut self.batch, &self.table, &self.ledger, now_ns(), &mut self.egress);
+        // The kernel has copied the payloads when the sends are done: the frames are free.
+        self.egress.flush(&self.ledger)?;
+        socket.recycle(frames);
+        Ok(true)
+    }
+
+    /// Waits for frames, a command or the timer.
+    fn sleep(&mut self) -> io::Result<()> {
+        for index in 0..self.queues.len() {
+            let queue = &mut self.queues[index];
+            if !queue.polled {
+                self.egress.ring.push_poll(Token::Queue(index as u32), queue.socket.fd())?;
+                queue.polled = true;
+            }
+        }
+        // Frames that came since the queues were drained complete the poll at once.
+        self.egress.ring.wait()?;
+        self.complete()
+    }
+
+    /// Takes note of completions; those of sends are dealt with by the flush.
+    fn complete(&mut self) -> io::Result<()> {
+        let mut timer = false;
+        for Completion { token, .. } in self.egress.other_completions() {
+            match token {
+                Token::Queue(index) => {
+                    if let Some(queue) = self.queues.get_mut(index as usize) {
+                        queue.polled = false;
+                    }
+                }
+                Token::Command => self.command_waits = true,
+                Token::Timer => timer = true,
+                Token::Send(_) => {}
+            }
+        }
+        if timer {
+            self.read_statistics()?;
+            self.egress.ring.push_timer(STATISTICS_PERIOD_MS)?;
+        }
+        Ok(())
+    }
+
+    fn read_statistics(&self) -> io::Result<()> {
+        for (index, queue) in self.queues.iter().enumerate() {
+            queue.socket.read_statistics(self.ledger.queue(index))?;
+        }
+        Ok(())
+    }
+
+    /// Obeys all commands that wait. False if the supervisor is gone.
+    fn obey(&mut self, supervisor: &mut Supervisor) -> anyhow::Result<bool> {
+        loop {
+            match supervisor.receive() {
+                Ok(Some((command, fds))) => {
+                    if let Some(sequence) = self.execute(command, fds)? {
+                        supervisor.report(&Report::Applied { sequence }, &[])?;
+                    }
+                }
+                Ok(None) => break,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+                    ) =>
+                {
+                    info!("the supervisor is gone");
+                    return Ok(false);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.command_waits = false;
+        self.egress.ring.push_poll(Token::Command, supervisor.fd())?;
+        Ok(true)
+    }
+
+    /// Executes a command between two batches; answers its sequence number if it has one.
+    fn execute(&mut self, command: Command, fds: Vec<std::os::fd::OwnedFd>) -> anyhow::Result<Option<u64>> {
+        match command {
+            Command::Setup(_) => anyhow::bail!("a second set-up"),
+            Command::OpenEgress { id } => {
+                let socket = fds.into_iter().next();
+                self.egress.open(id, socket.ok_or_else(|| anyhow::anyhow!("an egress socket is missing"))?);
+            }
+            Command::CloseEgress { id } => self.egress.close(id),
+            Command::Upsert { sequence, rule } => {
+                self.table.upsert(rule);
+                return Ok(Some(sequence));
+            }
+            Command::Remove { sequence, slot } => {
+                self.table.remove(slot);
+                return Ok(Some(sequence));
+            }
+            Command::LogLevel { level } => set_log_level(&self.log_filter, &level),
+            Command::Drain => self.draining = true,
+        }
+        Ok(None)
+    }
+}
+
+/// Wall clock of a batch, coarse: it costs no system call and is exact to a few milliseconds.
+fn now_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_REALTIME_COARSE)
+        .map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}

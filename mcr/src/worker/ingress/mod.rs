@@ -1,0 +1,3 @@
+//! Where a worker's frames come from.
+
+pub mod af_xdp;

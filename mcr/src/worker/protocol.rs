@@ -1,0 +1,127 @@
+//! What the supervisor and a worker say to one another over their socket pair: one JSON object a
+//! packet, file descriptors beside it. Both ends are of one build; the protocol has no version.
+
+use std::net::Ipv4Addr;
+
+use mcr_common::flow::FlowKey4;
+use serde::{Deserialize, Serialize};
+
+use crate::worker::ledger::Layout;
+
+/// Longest packet: 256 outputs take less than half of it.
+pub const MAX_PACKET_BYTES: usize = 128 * 1024;
+
+/// From the supervisor.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Command {
+    /// The first; with the ledger's memfd.
+    Setup(Setup),
+    /// With the egress socket that outputs name by `id`.
+    OpenEgress {
+        id: u32,
+    },
+    /// No rule names the egress socket any more.
+    CloseEgress {
+        id: u32,
+    },
+    /// Relay this rule from now on, in place of what has the slot.
+    Upsert {
+        sequence: u64,
+        rule: CompiledRule,
+    },
+    /// Relay this rule no more.
+    Remove {
+        sequence: u64,
+        slot: u32,
+    },
+    LogLevel {
+        level: String,
+    },
+    /// Relay what the sockets hold, then end.
+    Drain,
+}
+
+/// From a worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Report {
+    /// The sockets are bound, the fill rings full; with the sockets, in the order of the queues.
+    Ready,
+    /// Commands up to this one are done.
+    Applied { sequence: u64 },
+    /// The worker cannot go on and ends.
+    Failed { why: String },
+}
+
+/// What a worker is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setup {
+    pub interface: String,
+    /// RX queues to serve.
+    pub queues: Vec<u32>,
+    pub cpu: Option<u32>,
+    /// UMEM chunk: a power of two that holds headroom and frame.
+    pub chunk_bytes: u32,
+    /// Chunks of each queue's UMEM.
+    pub frames: u32,
+    pub layout: Layout,
+    pub log_level: String,
+}
+
+/// A rule as a worker needs it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompiledRule {
+    pub slot: u32,
+    #[serde(with = "flow_key")]
+    pub key: FlowKey4,
+    pub outputs: Vec<CompiledOutput>,
+}
+
+/// An output with everything resolved that a send needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompiledOutput {
+    pub slot: u32,
+    /// Egress socket and addresses, or none while the output is pending.
+    pub route: Option<Route>,
+    pub ttl: Ttl,
+    /// The DSCP to send, or the received one.
+    pub dscp: Option<u8>,
+    /// Longest run of datagrams in one send; 1 without GSO.
+    pub max_run: u16,
+}
+
+/// Where an output's datagrams leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Id of the egress socket.
+    pub socket: u32,
+    pub ifindex: u32,
+    pub source: Ipv4Addr,
+    pub destination: Ipv4Addr,
+    pub port: u16,
+    /// MTU of the egress interface.
+    pub mtu: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ttl {
+    Fixed(u8),
+    Copy,
+    Decrement,
+}
+
+/// `FlowKey4` belongs to a crate without serde.
+mod flow_key {
+    use mcr_common::flow::FlowKey4;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    type Parts = ([u8; 4], [u8; 4], [u8; 2]);
+
+    pub fn serialize<S: Serializer>(key: &FlowKey4, serializer: S) -> Result<S::Ok, S::Error> {
+        (key.source, key.group, key.port).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<FlowKey4, D::Error> {
+        let (source, group, port) = Parts::deserialize(deserializer)?;
+        Ok(FlowKey4::source_group(source, group, port))
+    }
+}

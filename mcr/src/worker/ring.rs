@@ -1,0 +1,166 @@
+//! The worker's io_uring: sends, readiness, timer and commands are completions of this one ring.
+
+use std::{io, os::fd::RawFd};
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+/// Entries of the submission queue. A full queue is submitted, never overrun.
+const ENTRIES: u32 = 512;
+
+/// What a completion belongs to; carried in `user_data`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Token {
+    /// The send in this place of the egress table.
+    Send(u32),
+    /// Frames wait in the socket of this queue, counted within the worker.
+    Queue(u32),
+    /// The supervisor has sent a command, or is gone.
+    Command,
+    /// The timer ran out.
+    Timer,
+}
+
+impl Token {
+    fn encode(self) -> u64 {
+        let (kind, index) = match self {
+            Self::Send(index) => (0u64, index),
+            Self::Queue(index) => (1, index),
+            Self::Command => (2, 0),
+            Self::Timer => (3, 0),
+        };
+        kind << 32 | u64::from(index)
+    }
+
+    fn decode(user_data: u64) -> Self {
+        let index = user_data as u32;
+        match user_data >> 32 {
+            0 => Self::Send(index),
+            1 => Self::Queue(index),
+            2 => Self::Command,
+            _ => Self::Timer,
+        }
+    }
+}
+
+/// A completion: what it belongs to, and the result (an errno if negative).
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    pub token: Token,
+    pub result: i32,
+}
+
+/// An io_uring with one issuer.
+pub struct Ring {
+    uring: IoUring,
+    /// Read by the kernel when the timer is submitted.
+    period: Box<types::Timespec>,
+}
+
+impl Ring {
+    /// Sets the ring up.
+    ///
+    /// Needs Linux 6.1 (`IORING_SETUP_DEFER_TASKRUN`): older kernels answer EINVAL, kernels where
+    /// io_uring is switched off or blocked EPERM or ENOSYS.
+    pub fn new() -> io::Result<Self> {
+        let uring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_submit_all()
+            .setup_cqsize(4 * ENTRIES)
+            .build(ENTRIES)?;
+        Ok(Self { uring, period: Box::new(types::Timespec::new()) })
+    }
+
+    /// Queues an entry, submitting first if the queue is full.
+    ///
+    /// # Safety
+    ///
+    /// What the entry points to must stay valid until it has completed.
+    unsafe fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        if self.uring.submission().is_full() {
+            self.submit()?;
+        }
+        // SAFETY: the caller keeps what the entry points to.
+        unsafe { self.uring.submission().push(entry) }
+            .map_err(|_| io::Error::other("the submission queue is full"))
+    }
+
+    /// Queues a send that does not wait. Only its failure makes a completion.
+    ///
+    /// # Safety
+    ///
+    /// `message` and all that it points to must stay valid and unchanged until the next
+    /// [`submit`](Self::submit) has returned: a send with `MSG_DONTWAIT` is then complete.
+    pub unsafe fn push_send(
+        &mut self,
+        index: u32,
+        socket: RawFd,
+        message: *const libc::msghdr,
+    ) -> io::Result<()> {
+        let entry = opcode::SendMsg::new(types::Fd(socket), message)
+            .flags(libc::MSG_DONTWAIT as u32)
+            .build()
+            .flags(squeue::Flags::SKIP_SUCCESS)
+            .user_data(Token::Send(index).encode());
+        // SAFETY: handed on to the caller.
+        unsafe { self.push(&entry) }
+    }
+
+    /// Asks once for readiness to read.
+    pub fn push_poll(&mut self, token: Token, fd: RawFd) -> io::Result<()> {
+        let entry =
+            opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build().user_data(token.encode());
+        // SAFETY: the entry points to nothing.
+        unsafe { self.push(&entry) }
+    }
+
+    /// Asks once for a completion after this many milliseconds.
+    pub fn push_timer(&mut self, milliseconds: u32) -> io::Result<()> {
+        *self.period =
+            types::Timespec::new().sec(u64::from(milliseconds / 1000)).nsec(milliseconds % 1000 * 1_000_000);
+        let entry = opcode::Timeout::new(&raw const *self.period).build().user_data(Token::Timer.encode());
+        // SAFETY: the period lives as long as the ring.
+        unsafe { self.push(&entry) }
+    }
+
+    /// Hands the queued entries to the kernel and runs what work it deferred.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.enter(0)
+    }
+
+    /// As [`submit`](Self::submit), and sleeps until there is a completion.
+    pub fn wait(&mut self) -> io::Result<()> {
+        self.enter(1)
+    }
+
+    fn enter(&mut self, want: usize) -> io::Result<()> {
+        loop {
+            match self.uring.submit_and_wait(want) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                // Completions must be read before more can be submitted; the caller is about to.
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The next completion, if there is one.
+    pub fn completion(&mut self) -> Option<Completion> {
+        let completion: cqueue::Entry = self.uring.completion().next()?;
+        Some(Completion { token: Token::decode(completion.user_data()), result: completion.result() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_survive_the_ring() {
+        for token in [Token::Send(7), Token::Queue(u32::MAX), Token::Command, Token::Timer] {
+            assert_eq!(Token::decode(token.encode()), token);
+        }
+    }
+}
