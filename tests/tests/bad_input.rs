@@ -1,7 +1,7 @@
 //! What is refused: by one line that says what, why and what to do, with the documented exit status,
 //! and without a trace.
 
-use mcr::api::wire::RuleList;
+use mcr::api::wire::{Health, RuleList};
 use tests::{
     Process, Relay, Scratch, Site,
     relay::{CALL, binary},
@@ -151,9 +151,7 @@ fn what_is_not_there_is_refused_by_name() {
     let site = Site::default();
     let relay = Relay::start(&site);
     for (call, words) in [
-        (&["rule", "add", "cam1", "--in", "239.1.1.1:5000@nope0", "--out", OUTPUT][..], &["nope0"][..]),
-        (&["rule", "add", "cam1", "--in", INPUT, "--out", "239.2.2.2:6000@nope0"], &["nope0"]),
-        (&["rule", "remove", "nope"], &["nope", "rule list"]),
+        (&["rule", "remove", "nope"][..], &["nope", "rule list"][..]),
         (&["rule", "show", "nope"], &["nope", "rule list"]),
         (&["rule", "set", "nope", "--add-out", OUTPUT], &["nope", "rule list"]),
         (&["stats", "nope"], &["nope", "rule list"]),
@@ -244,5 +242,23 @@ fn without_a_daemon_every_call_is_3() {
             let line = answer.refused(3);
             assert!(line.contains(control.to_str().unwrap()), "{answer}");
         }
+    }
+}
+
+#[test]
+fn an_interface_that_is_not_there_is_waited_for_and_said_in_one_line() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    for (name, input, output) in
+        [("ingress", "239.1.1.1:5000@nope0", OUTPUT), ("egress", INPUT, "239.2.2.3:6000@nope0")]
+    {
+        let answer = relay.cli(&["rule", "add", name, "--in", input, "--out", output]);
+        answer.ok();
+        let lines: Vec<_> = answer.stderr.lines().collect();
+        assert!(matches!(lines[..], [line] if line.contains("nope0")), "{answer}");
+        let listed = relay.json::<RuleList>(&["rule", "list"]).rules;
+        let rule = listed.iter().find(|rule| rule.name == name).unwrap();
+        assert_eq!(rule.health, Health::Pending, "{rule:?}");
+        assert!(rule.reason.as_deref().is_some_and(|reason| reason.contains("nope0")), "{rule:?}");
     }
 }
