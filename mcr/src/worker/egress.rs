@@ -31,6 +31,7 @@ const ATTEMPTS: u8 = 3;
 /// Control messages of one send, laid out as the kernel reads them (`cmsg(3)`): every header is 16
 /// bytes and every value starts at a multiple of 8.
 #[repr(C, align(8))]
+#[derive(Clone, Copy)]
 struct Control {
     pktinfo_header: libc::cmsghdr,
     pktinfo: libc::in_pktinfo,
@@ -56,6 +57,7 @@ fn header(level: libc::c_int, kind: libc::c_int, value_bytes: usize) -> libc::cm
 }
 
 /// A prepared send.
+#[derive(Clone, Copy)]
 struct Send {
     message: libc::msghdr,
     address: libc::sockaddr_in,
@@ -116,6 +118,33 @@ impl Send {
         self.message.msg_control = (&raw mut self.control).cast();
         self.message.msg_controllen = if gso { size_of::<Control>() } else { CONTROL_SINGLE };
     }
+
+    /// Makes this the send of the one datagram in `place` of a run.
+    ///
+    /// # Safety
+    ///
+    /// The run's payloads must still be where they were.
+    unsafe fn single_out(&mut self, run: &Send, place: usize) {
+        *self = *run;
+        // SAFETY: the run has more payloads than `place`, which the caller has kept.
+        let payload = unsafe { run.message.msg_iov.add(place) };
+        self.message.msg_iov = payload;
+        self.message.msg_iovlen = 1;
+        self.message.msg_controllen = CONTROL_SINGLE;
+        self.datagrams = 1;
+        // SAFETY: as above.
+        self.bytes = unsafe { (*payload).iov_len } as u64;
+        self.attempts = 0;
+    }
+}
+
+/// What becomes of a send that has completed.
+enum Settled {
+    Counted,
+    /// It met an error of an earlier datagram and carried nothing.
+    Again,
+    /// The device or the route takes no such run: its datagrams go one by one.
+    Split,
 }
 
 /// The worker's ring with its egress sockets and prepared sends.
@@ -125,6 +154,10 @@ pub struct UringEgress {
     /// Never grows after it was made: the kernel holds pointers into it.
     sends: Box<[Send]>,
     used: usize,
+    /// Runs of the flush that go one by one.
+    split: Vec<Send>,
+    /// Outputs that take no runs, for the event loop to take note of.
+    without_gso: Vec<OutputSlot>,
     /// Completions that were none of a send, kept for the event loop.
     others: Vec<Completion>,
     /// Errnos already logged as `send_failed`, so that each is said once.
@@ -138,6 +171,8 @@ impl UringEgress {
             sockets: BTreeMap::new(),
             sends: (0..SENDS).map(|_| Send::empty()).collect(),
             used: 0,
+            split: Vec::with_capacity(SENDS),
+            without_gso: Vec::new(),
             others: Vec::with_capacity(64),
             logged: Vec::new(),
         }
@@ -161,21 +196,43 @@ impl UringEgress {
 
     /// Sends all that is prepared, and counts it. The payloads are free when it returns.
     pub fn flush(&mut self, ledger: &Ledger) -> io::Result<()> {
+        self.send_all(ledger)?;
+        while let Some(run) = self.split.pop() {
+            self.used = run.message.msg_iovlen;
+            for place in 0..self.used {
+                // SAFETY: the payloads are the batch's, which outlives the flush.
+                unsafe { self.sends[place].single_out(&run, place) };
+            }
+            self.send_all(ledger)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what is in the table, and again what has to go again.
+    fn send_all(&mut self, ledger: &Ledger) -> io::Result<()> {
         let mut pending = 0..self.used;
         while !pending.is_empty() {
             self.submit(pending.clone())?;
-            // Sends that met an error of an earlier datagram carried nothing; they go again together.
             let mut again = 0;
             for index in pending {
-                if self.settle(index, ledger) {
-                    self.sends.swap(again, index);
-                    again += 1;
+                match self.settle(index, ledger) {
+                    Settled::Counted => {}
+                    Settled::Again => {
+                        self.sends.swap(again, index);
+                        again += 1;
+                    }
+                    Settled::Split => self.split.push(self.sends[index]),
                 }
             }
             pending = 0..again;
         }
         self.used = 0;
         Ok(())
+    }
+
+    /// Outputs that were found to take no runs.
+    pub fn without_gso(&mut self) -> impl Iterator<Item = OutputSlot> + '_ {
+        self.without_gso.drain(..)
     }
 
     fn submit(&mut self, pending: std::ops::Range<usize>) -> io::Result<()> {
@@ -204,21 +261,29 @@ impl UringEgress {
         Ok(())
     }
 
-    /// Counts a completed send. True if it is to be repeated.
-    fn settle(&mut self, index: usize, ledger: &Ledger) -> bool {
+    /// Counts a completed send, if that is all there is to do.
+    fn settle(&mut self, index: usize, ledger: &Ledger) -> Settled {
         let send = &self.sends[index];
         let output = ledger.output(send.output);
         if send.error == 0 {
             output.sent.add(send.datagrams);
             output.sent_bytes.add(send.bytes);
-            return false;
+            return Settled::Counted;
+        }
+        if send.datagrams > 1 && refuses_runs(send.error) {
+            if send.error != libc::EMSGSIZE {
+                let destination = std::net::Ipv4Addr::from(u32::from_be(send.address.sin_addr.s_addr));
+                warn!(%destination, errno = send.error, "the egress device takes no UDP_SEGMENT runs: sending one by one");
+                self.without_gso.push(send.output);
+            }
+            return Settled::Split;
         }
         let reason = drop_reason(send.error);
         if reason == DropReason::Unreachable {
             drain_errors(send.socket);
             if send.attempts < ATTEMPTS {
                 output.retried.add(1);
-                return true;
+                return Settled::Again;
             }
         }
         output.drop(reason, send.datagrams);
@@ -227,7 +292,7 @@ impl UringEgress {
             warn!(%error, "sends fail and are counted as send_failed; this error is said once");
             self.logged.push(send.error);
         }
-        false
+        Settled::Counted
     }
 }
 
@@ -246,6 +311,11 @@ impl Egress for UringEgress {
         self.sends[self.used].fill(socket, &run);
         self.used += 1;
     }
+}
+
+/// Whether an errno says that a run cannot go as one, where its datagrams might.
+fn refuses_runs(errno: i32) -> bool {
+    matches!(errno, libc::EIO | libc::EINVAL | libc::EOPNOTSUPP | libc::EMSGSIZE)
 }
 
 fn drop_reason(errno: i32) -> DropReason {

@@ -115,6 +115,9 @@ impl EventLoop {
         relay(&mut self.batch, &self.table, &self.ledger, now_ns(), &mut self.egress);
         // The kernel has copied the payloads when the sends are done: the frames are free.
         self.egress.flush(&self.ledger)?;
+        for output in self.egress.without_gso() {
+            self.table.send_singly(output);
+        }
         socket.recycle(frames);
         Ok(true)
     }

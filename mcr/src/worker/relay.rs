@@ -53,6 +53,14 @@ impl FlowTable {
         }
     }
 
+    /// Sends an output's datagrams one by one from now on.
+    pub fn send_singly(&mut self, slot: OutputSlot) {
+        let outputs = self.rules.iter_mut().flatten().flat_map(|rule| &mut rule.outputs);
+        for output in outputs.filter(|output| output.slot == slot.0) {
+            output.max_run = 1;
+        }
+    }
+
     /// Slot of the rule that a datagram belongs to: its source's before any source's.
     fn find(&self, datagram: &Datagram) -> Option<u32> {
         let specific = FlowKey4::source_group(datagram.source, datagram.group, datagram.port);
