@@ -99,6 +99,17 @@ impl Object {
         }
     }
 
+    /// Loads the program with small maps and lets it go again: what cannot be had shows before anything
+    /// depends on it.
+    pub fn rehearse(&self) -> Result<(), EbpfError> {
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries(map::FLOWS_V4, 1)
+            .map_max_entries(map::RULES, 1)
+            .load(self.bytes())?;
+        xdp(&mut ebpf)?.load()?;
+        Ok(())
+    }
+
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
@@ -218,7 +229,19 @@ impl Steering {
         }
     }
 
-    /// Steers a queue's frames into a bound AF_XDP socket. The slot empties by itself when it closes.
+    /// Steers a queue's frames to no socket any more; programs that run may do so until [`barrier`].
+    ///
+    /// A slot empties by itself when its socket closes, but the io_uring of a killed process may hold
+    /// the socket open for a while after the process is gone.
+    pub fn clear_socket(&mut self, queue: QueueId) -> Result<(), MapAccessError> {
+        match self.sockets.unset(queue.0) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
+            Err(error) => Err(access(map::SOCKETS, "written")(error)),
+        }
+    }
+
+    /// Steers a queue's frames into a bound AF_XDP socket.
     pub fn set_socket(&mut self, queue: QueueId, socket: BorrowedFd<'_>) -> Result<(), MapAccessError> {
         self.sockets.set(queue.0, socket.as_raw_fd(), 0).map_err(access(map::SOCKETS, "written"))
     }

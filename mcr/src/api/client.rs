@@ -8,6 +8,7 @@ use std::{
         net::UnixStream,
     },
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -22,8 +23,14 @@ use thiserror::Error;
 use super::{
     rpc::{self, Response},
     socket::{PathTooLong, check_length},
-    wire::{self, Request},
+    wire::{self, Request, code},
 };
+
+/// How long to try again while the daemon has no room for another client.
+const BUSY_PATIENCE: Duration = Duration::from_secs(3);
+
+/// The pause before a busy daemon is asked again.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long a call may take, from its first byte to the answer's last.
 pub const TIMEOUT: Duration = Duration::from_secs(15);
@@ -111,9 +118,19 @@ impl Client {
             return Err(ClientError::RequestTooLong { bytes: line.len() });
         }
         let deadline = Instant::now() + self.timeout;
-        self.send(&line)?;
-        let line = self.receive(deadline)?;
-        self.result(&line)
+        let patience = Instant::now() + BUSY_PATIENCE;
+        loop {
+            self.send(&line)?;
+            let response = self.receive(deadline)?;
+            match self.result(&response) {
+                // Too many clients at once: it was not begun, and room comes soon.
+                Err(ClientError::Refused(error)) if error.code == code::BUSY && Instant::now() < patience => {
+                    thread::sleep(BUSY_PAUSE);
+                    self.stream = Self::connect_within(&self.path, self.timeout)?.stream;
+                }
+                result => return result,
+            }
+        }
     }
 
     fn send(&mut self, line: &[u8]) -> Result<(), ClientError> {

@@ -1,7 +1,13 @@
 //! The server of the control protocol: connections to calls, for a supervisor that answers them one at a
 //! time. It knows nothing of what a call means, and no client can make another one wait for it.
 
-use std::{future::Future, io, time::Duration};
+use std::{
+    collections::VecDeque,
+    future::Future,
+    io,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 use serde_json::Value;
 use tokio::{
@@ -11,7 +17,7 @@ use tokio::{
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::{mpsc, oneshot, watch},
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{sleep, timeout},
 };
 use tracing::{debug, warn};
@@ -49,6 +55,8 @@ pub struct Limits {
     pub write: Duration,
     /// For calls that are being answered when the server ends.
     pub grace: Duration,
+    /// How long a client may be silent that stands in the way of a new one.
+    pub patience: Duration,
 }
 
 impl Default for Limits {
@@ -59,6 +67,7 @@ impl Default for Limits {
             idle: Duration::from_secs(30),
             write: Duration::from_secs(10),
             grace: Duration::from_secs(2),
+            patience: Duration::from_secs(1),
         }
     }
 }
@@ -73,15 +82,20 @@ pub async fn serve(
 ) {
     let (ending, end) = watch::channel(false);
     let mut connections = JoinSet::new();
+    let mut clients = Clients::default();
     tokio::pin!(shutdown);
     loop {
         tokio::select! {
             () = &mut shutdown => break,
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) if connections.len() >= limits.connections => turn_away(&stream, limits),
+                Ok((stream, _)) if connections.len() >= limits.connections && !clients.evict(limits.patience) => {
+                    turn_away(&stream, limits);
+                }
                 Ok((stream, _)) => {
-                    connections.spawn(Connection::run(stream, calls.clone(), end.clone(), limits));
+                    let silence = Silence::default();
+                    let run = Connection::run(stream, calls.clone(), end.clone(), limits, silence.clone());
+                    clients.admit(connections.spawn(run), silence);
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely: it passes, and spinning would not help it.
@@ -99,6 +113,33 @@ pub async fn serve(
     }
 }
 
+/// Since when a client has been waited for; `None` while it is being answered.
+type Silence = Arc<Mutex<Option<Instant>>>;
+
+/// The connections, oldest first.
+#[derive(Default)]
+struct Clients(VecDeque<(AbortHandle, Silence)>);
+
+impl Clients {
+    fn admit(&mut self, connection: AbortHandle, silence: Silence) {
+        self.0.retain(|(connection, _)| !connection.is_finished());
+        self.0.push_back((connection, silence));
+    }
+
+    /// Ends the oldest connection whose client has been silent for long. False if there is none.
+    fn evict(&mut self, patience: Duration) -> bool {
+        self.0.retain(|(connection, _)| !connection.is_finished());
+        let silent = |silence: &Silence| {
+            silence.lock().is_ok_and(|since| since.is_some_and(|since| since.elapsed() > patience))
+        };
+        let Some(place) = self.0.iter().position(|(_, silence)| silent(silence)) else { return false };
+        if let Some((connection, _)) = self.0.remove(place) {
+            connection.abort();
+        }
+        true
+    }
+}
+
 /// Says that there are too many connections, to the newest, without waiting for it.
 fn turn_away(stream: &UnixStream, limits: Limits) {
     let message = format!("the daemon serves {} connections already: try again", limits.connections);
@@ -112,6 +153,7 @@ struct Connection {
     peer: Peer,
     calls: mpsc::Sender<Call>,
     limits: Limits,
+    silence: Silence,
 }
 
 /// What came of waiting for a request line.
@@ -130,13 +172,14 @@ impl Connection {
         calls: mpsc::Sender<Call>,
         mut end: watch::Receiver<bool>,
         limits: Limits,
+        silence: Silence,
     ) {
         let peer = match stream.peer_cred() {
             Ok(cred) => Peer { pid: cred.pid(), uid: cred.uid(), gid: cred.gid() },
             Err(error) => return debug!(%error, "a control connection without credentials"),
         };
         let (reader, writer) = stream.into_split();
-        let mut connection = Self { reader: BufReader::new(reader), writer, peer, calls, limits };
+        let mut connection = Self { reader: BufReader::new(reader), writer, peer, calls, limits, silence };
         if let Err(error) = connection.serve(&mut end).await {
             debug!(%error, ?peer, "a control connection ended");
         }
@@ -144,11 +187,13 @@ impl Connection {
 
     async fn serve(&mut self, end: &mut watch::Receiver<bool>) -> io::Result<()> {
         loop {
+            self.note(Some(Instant::now()));
             let line = tokio::select! {
                 biased;
                 _ = end.wait_for(|&ending| ending) => return Ok(()),
                 line = self.line() => line?,
             };
+            self.note(None);
             match line {
                 Line::Request(line) => self.answer(&line).await?,
                 Line::Quiet => return Ok(()),
@@ -161,6 +206,13 @@ impl Connection {
                     return self.refuse(code::PARSE, message.to_owned()).await;
                 }
             }
+        }
+    }
+
+    /// Notes since when the client is waited for.
+    fn note(&self, since: Option<Instant>) {
+        if let Ok(mut silence) = self.silence.lock() {
+            *silence = since;
         }
     }
 

@@ -42,7 +42,7 @@ pub enum BindError {
 /// A path that `connect` and `bind` would cut or refuse.
 #[derive(Debug, Error)]
 #[error(
-    "the socket path {path} has {} bytes and the kernel takes {MAX_PATH_BYTES}: choose another with --control",
+    "the socket path {path} is too long ({} bytes, the kernel takes {MAX_PATH_BYTES}): choose another with --control",
     .path.as_os_str().len()
 )]
 pub struct PathTooLong {

@@ -157,7 +157,7 @@ impl Daemon {
     }
 
     fn worker_info(&self, id: &WorkerId) -> WorkerInfo {
-        let running = self.state.workers().get(id);
+        let running = self.state.workers().get(id).filter(|running| !running.failed);
         let spec = running.and_then(|running| running.spec.clone());
         let mishaps = self.state.mishaps(id);
         WorkerInfo {

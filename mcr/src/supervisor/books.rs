@@ -240,7 +240,7 @@ impl Books {
 
     /// Writes down what a dead worker can no longer say: the datagrams that it held.
     ///
-    /// Called when its process has ended: its sockets are closed, so that nothing is steered to it any more.
+    /// Called when its process has ended and nothing is steered to its sockets any more.
     pub fn worker_died(&mut self, id: &WorkerId, running: &Running, programs: &Programs) {
         let Some((ledger, _)) = self.ledgers.get(id) else { return };
         for output in running.rules.values().flat_map(|rule| &rule.outputs) {

@@ -21,6 +21,7 @@ use nix::{
 use tracing::warn;
 
 use crate::{
+    ebpf::Object,
     sys::{multicast, privileges},
     worker::ring::Ring,
 };
@@ -68,6 +69,13 @@ pub fn check_io_uring() -> anyhow::Result<()> {
         }
         _ => bail!("io_uring cannot be set up on kernel {release}: {error}"),
     }
+}
+
+/// Loads the program as every interface will, without attaching it.
+pub fn check_bpf(object: &Object) -> anyhow::Result<()> {
+    let Err(error) = object.rehearse() else { return Ok(()) };
+    let why = super::run::one_line(&error);
+    bail!("the XDP program cannot be loaded: {why}; mcr needs {LEAST_KERNEL} with bpf() allowed and CAP_BPF")
 }
 
 /// Claims this network namespace under a pin root, mounts a bpffs if there is none, and clears what a

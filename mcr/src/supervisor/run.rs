@@ -70,6 +70,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     host::check_capabilities()?;
     let object = Object::open(settings.bpf_object.as_deref())?;
     host::check_io_uring()?;
+    host::check_bpf(&object)?;
     datapath::choose(settings.datapath)?;
     let cpus = match &settings.cpus {
         Some(cpus) => {
@@ -196,7 +197,7 @@ impl Daemon {
     /// Takes an event in and does what follows from it.
     async fn take(&mut self, event: Event) {
         let event = match event {
-            Event::WorkerExited { id, why, lived } => self.bury(id, why, lived),
+            Event::WorkerExited { id, why, lived } => self.bury(id, why, lived).await,
             event => event,
         };
         for effect in self.state.apply(event) {
@@ -208,9 +209,10 @@ impl Daemon {
     }
 
     /// Accounts for a worker that has ended.
-    fn bury(&mut self, id: WorkerId, why: String, lived: Duration) -> Event {
+    async fn bury(&mut self, id: WorkerId, why: String, lived: Duration) -> Event {
         let last_words = self.workers.remove(&id).and_then(|mut worker| worker.last_words());
         let why = last_words.unwrap_or(why);
+        self.steer_away(&id).await;
         if let Some(running) = self.state.workers().get(&id) {
             self.books.worker_died(&id, running, &self.programs);
             error!(worker = %id, why, "worker ended; it is restarted");
@@ -252,6 +254,7 @@ impl Daemon {
             Effect::StartWorker { id, spec } => self.start_worker(id, spec).await,
             Effect::Steer { id } => self.steer(id),
             Effect::StopWorker { id } => {
+                self.steer_away(id).await;
                 if let Some(mut worker) = self.workers.remove(id) {
                     worker.drain().await;
                 }
@@ -380,6 +383,19 @@ impl Daemon {
         }
         info!(worker = %id, "worker relays");
         Ok(())
+    }
+
+    /// Steers nothing to a worker any more.
+    async fn steer_away(&mut self, id: &WorkerId) {
+        let queues = self.state.workers().get(id).and_then(|running| running.spec.as_ref());
+        let queues = queues.map(|spec| spec.queues.clone()).unwrap_or_default();
+        let Some(program) = self.programs.get_mut(&id.interface) else { return };
+        for queue in queues {
+            if let Err(error) = program.clear_socket(QueueId(queue)) {
+                warn!(worker = %id, queue, error = one_line(&error), "frames may still be steered to a worker that ends");
+            }
+        }
+        barrier().await;
     }
 
     /// Tells a worker something, and ends it if it does not obey.

@@ -57,6 +57,8 @@ pub struct Running {
     pub egress: BTreeSet<u32>,
     /// Its sockets are in the XSKMAP.
     pub steered: bool,
+    /// It failed and is being ended: nothing more is asked of it.
+    pub failed: bool,
 }
 
 /// How often a worker has ended, and why last.
@@ -270,7 +272,7 @@ impl State {
 
     fn plan_rule_removals(&self, effects: &mut Vec<Effect>) {
         let wanted: BTreeMap<_, _> = self.rules.iter().map(|entry| (entry.slot, &entry.rule.input)).collect();
-        for (id, running) in &self.actual.workers {
+        for (id, running) in self.actual.workers.iter().filter(|(_, running)| !running.failed) {
             for (slot, rule) in &running.rules {
                 let stays = wanted
                     .get(slot)
@@ -355,6 +357,7 @@ impl State {
                         self.plan_rules(&id, &Running::default(), effects);
                     }
                     None => {}
+                    Some(running) if running.failed => {}
                     // Other queues, another CPU or another chunk: a worker is made for them.
                     Some(running) if running.spec.as_ref() != Some(&spec) => {
                         effects.push(Effect::StopWorker { id: id.clone() });
@@ -566,7 +569,7 @@ impl State {
             | Effect::UpsertRule { id, .. }
             | Effect::RemoveRule { id, .. }
             | Effect::CloseEgress { id, .. } => {
-                self.actual.workers.remove(id);
+                self.actual.workers.entry(id.clone()).or_default().failed = true;
                 let mishaps = self.mishaps.entry(id.clone()).or_default();
                 mishaps.waiting = true;
                 mishaps.last_exit = Some(why);
