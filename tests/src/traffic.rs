@@ -30,7 +30,7 @@ impl Generator {
     /// Waits for its end, which must be a good one.
     #[track_caller]
     pub fn finish(self) -> Sent {
-        Sent { json: self.process.answer(Duration::from_secs(60)).json() }
+        Sent { json: self.process.answer(Duration::from_mins(1)).json() }
     }
 }
 
@@ -84,7 +84,7 @@ impl Receiver {
     #[track_caller]
     pub fn stop_faulted(self) -> Received {
         self.process.signal(Signal::SIGINT);
-        let answer = self.process.answer(Duration::from_secs(60));
+        let answer = self.process.answer(Duration::from_mins(1));
         assert_eq!(answer.status, 1, "{answer}");
         Received { json: serde_json::from_str(&answer.stdout).unwrap_or_else(|_| panic!("{answer}")) }
     }
@@ -92,7 +92,7 @@ impl Receiver {
     /// Waits for its own end, by `--count` or `--seconds`.
     #[track_caller]
     pub fn finish(self) -> Received {
-        Received { json: self.process.answer(Duration::from_secs(60)).json() }
+        Received { json: self.process.answer(Duration::from_mins(1)).json() }
     }
 }
 

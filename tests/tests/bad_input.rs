@@ -161,6 +161,32 @@ fn what_is_not_there_is_refused_by_name() {
 }
 
 #[test]
+fn an_interface_that_is_not_there_is_waited_for_and_the_operator_is_told() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    let calls = [
+        ["rule", "add", "a", "--in", "239.1.1.1:5000@nope0", "--out", OUTPUT],
+        ["rule", "add", "b", "--in", "239.1.1.2:5000@in0", "--out", "239.2.2.2:6001@nope0"],
+    ];
+    for call in calls {
+        let answer = relay.cli(&call);
+        answer.ok();
+        assert_eq!(answer.stderr.lines().count(), 1, "{answer}");
+        assert!(answer.stderr.contains("nope0"), "{answer}");
+    }
+    let rule = relay.show("a");
+    assert_eq!(rule.health, Health::Pending);
+    assert!(rule.reason.as_ref().is_some_and(|reason| reason.contains("nope0")), "{rule:?}");
+    let output = &relay.show("b").outputs[0];
+    assert_eq!(output.health, Health::Pending);
+    assert!(output.reason.as_ref().is_some_and(|reason| reason.contains("nope0")), "{output:?}");
+    // The others go on, and what waits can be removed.
+    relay.add("c", INPUT, &["239.2.2.9:6000@out1"]);
+    relay.remove("a");
+    relay.remove("b");
+}
+
+#[test]
 fn link_local_groups_are_refused_unless_they_are_meant() {
     let site = Site::default();
     let relay = Relay::start(&site);

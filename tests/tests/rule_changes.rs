@@ -2,8 +2,11 @@
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-use mcr::api::wire::{Outcome, RuleList, RuleOutcome};
-use tests::{Relay, Site, Source, capture::assert_sequence, site::Membership, source::Stream};
+use mcr::api::wire::{Outcome, RuleList, RuleOutcome, RuleStats};
+use tests::{
+    Relay, Site, Source, capture::assert_sequence, site::Membership, source::Stream, wait::PATIENCE,
+    wait_until,
+};
 
 const GROUP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 1), 5000);
 const OUTPUT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 2, 2, 2), 6000);
@@ -147,9 +150,11 @@ fn what_a_stream_is_doing_is_on_every_screen() {
 fn a_rule_for_any_source_comes_and_goes_beside_one_for_a_source() {
     let site = Site::default();
     let relay = Relay::start(&site);
-    let source_address = site.segments[0].source_address;
+    // Keeps the host joined to any source: when a host goes from one source to any, a Linux bridge forwards
+    // nothing of that source until its timer next fires, which is not the relay's loss.
+    let _membership = Membership::join(&site.relay, "in0", *GROUP.ip());
     relay.add("one", "239.1.1.1:5000@in0,source=10.77.0.2", &["239.2.2.2:6000@out0"]);
-    site.segments[0].wait_until_source_joined(*GROUP.ip(), source_address);
+    site.segments[0].wait_until_joined(*GROUP.ip());
     let mut sink = site.capture(0);
     let source = Source::start(site.source(), Stream::to(GROUP));
     for _ in 0..3 {
@@ -175,9 +180,12 @@ fn a_rule_for_a_source_takes_its_stream_over_without_loss() {
     relay.add("one", "239.1.1.1:5000@in0,source=10.77.0.2", &["239.2.2.3:6000@out1"]);
     source.wait_for_more(1_000);
     let sent = source.stop();
-    let (rest, one) = (relay.rule("rest").matched, sent - relay.rule("rest").matched);
-    assert_eq!(relay.balanced("rest", rest).outputs[0].sent, rest);
-    assert_eq!(relay.balanced("one", one).outputs[0].sent, one);
-    assert_sequence(&sink0.exactly(OUTPUT, rest as usize), 0..rest);
-    assert_sequence(&sink1.exactly("239.2.2.3:6000".parse().unwrap(), one as usize), rest..sent);
+    // The XDP program and the worker each look a datagram up: one that is between them at the change may be
+    // counted as matched by the one rule and received by the other.
+    let sum = |count: fn(&RuleStats) -> u64| relay.stats().rules.iter().map(count).sum::<u64>();
+    wait_until("every datagram has left", PATIENCE, || sum(|rule| rule.outputs[0].sent) == sent);
+    assert_eq!((sum(|rule| rule.matched), sum(|rule| rule.received)), (sent, sent));
+    let taken = relay.rule("rest").outputs[0].sent;
+    assert_sequence(&sink0.exactly(OUTPUT, taken as usize), 0..taken);
+    assert_sequence(&sink1.exactly("239.2.2.3:6000".parse().unwrap(), (sent - taken) as usize), taken..sent);
 }
