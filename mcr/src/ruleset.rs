@@ -152,10 +152,6 @@ impl RuleSet {
         self.entries.values()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     /// The rule that has an input.
     pub fn by_input(&self, input: &Input) -> Option<&Entry> {
         self.iter().find(|entry| entry.rule.input == *input)

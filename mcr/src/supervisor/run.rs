@@ -37,7 +37,7 @@ use crate::{
         log::LogControl,
         settings::Settings,
         state::{Limits, State},
-        worker_process::WorkerProcess,
+        worker_process::{End, WorkerProcess},
     },
     worker::{ledger::Layout, protocol::Setup},
 };
@@ -61,6 +61,7 @@ pub struct Daemon {
     memberships: Memberships,
     pins: PathBuf,
     events: mpsc::UnboundedSender<Event>,
+    ends: mpsc::UnboundedSender<End>,
     /// Wakes the loop up to end.
     pub stop: Arc<Notify>,
 }
@@ -95,6 +96,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     let layout =
         Layout { queues: MAX_QUEUES, rules: limits.max_rules, outputs: limits.max_rules * OUTPUTS_PER_RULE };
     let (events, incoming) = mpsc::unbounded_channel();
+    let (ends, ended) = mpsc::unbounded_channel();
     let mut daemon = Daemon {
         state: State::new(limits),
         programs: Programs::new(),
@@ -106,6 +108,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         memberships: Memberships::default(),
         pins: namespace.pins.clone(),
         events,
+        ends,
         stop: Arc::new(Notify::new()),
         settings,
     };
@@ -115,7 +118,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         source_port = source_port.get(),
         "ready"
     );
-    daemon.serve(listener, links, incoming).await?;
+    daemon.serve(listener, links, incoming, ended).await?;
     leave(namespace, lock);
     Ok(())
 }
@@ -142,6 +145,7 @@ impl Daemon {
         listener: tokio::net::UnixListener,
         mut links: LinkWatch,
         mut incoming: mpsc::UnboundedReceiver<Event>,
+        mut ended: mpsc::UnboundedReceiver<End>,
     ) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -166,6 +170,7 @@ impl Daemon {
                 () = stop.notified() => break,
                 Some(call) = called.recv() => self.answer(call).await,
                 Some(event) = incoming.recv() => self.take(event).await,
+                Some(end) = ended.recv() => self.bury(end).await,
                 () = links.changed() => self.read_links(&links).await,
                 _ = second.tick() => self.books.sample(&self.state),
             }
@@ -196,10 +201,6 @@ impl Daemon {
 
     /// Takes an event in and does what follows from it.
     async fn take(&mut self, event: Event) {
-        let event = match event {
-            Event::WorkerExited { id, why, lived } => self.bury(id, why, lived).await,
-            event => event,
-        };
         for effect in self.state.apply(event) {
             if let Err(why) = self.execute(&effect).await {
                 error!(?effect, why, "failed");
@@ -208,16 +209,19 @@ impl Daemon {
         self.settle().await;
     }
 
-    /// Accounts for a worker that has ended.
-    async fn bury(&mut self, id: WorkerId, why: String, lived: Duration) -> Event {
+    /// Accounts for a worker that has ended, unless it was to end: another may have its id by now.
+    async fn bury(&mut self, End { id, pid, why, lived }: End) {
+        if pid.is_some() && self.workers.get(&id).map(|worker| worker.pid) != pid {
+            return;
+        }
         let last_words = self.workers.remove(&id).and_then(|mut worker| worker.last_words());
         let why = last_words.unwrap_or(why);
+        error!(worker = %id, why, "worker ended; it is restarted");
         self.steer_away(&id).await;
         if let Some(running) = self.state.workers().get(&id) {
             self.books.worker_died(&id, running, &self.programs);
-            error!(worker = %id, why, "worker ended; it is restarted");
         }
-        Event::WorkerExited { id, why, lived }
+        self.take(Event::WorkerExited { id, why, lived }).await;
     }
 
     /// Does what is planned until nothing is.
@@ -337,13 +341,14 @@ impl Daemon {
             log_level: self.log.level().as_str().to_owned(),
         };
         let ledger = self.books.ledger(id).map_err(|error| format!("no ledger for worker {id}: {error}"))?;
-        let mut worker = match WorkerProcess::spawn(id, self.events.clone()) {
+        let mut worker = match WorkerProcess::spawn(id, self.ends.clone()) {
             Ok(worker) => worker,
             Err(error) => {
                 // No process tells its end, so this does.
                 let why = one_line(&error);
-                let _ = self.events.send(Event::WorkerExited {
+                let _ = self.ends.send(End {
                     id: id.clone(),
+                    pid: None,
                     why: why.clone(),
                     lived: Duration::ZERO,
                 });

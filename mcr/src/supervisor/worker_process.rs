@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     rule::QueueId,
-    supervisor::event::{Event, WorkerId},
+    supervisor::event::WorkerId,
     sys::channel,
     worker::protocol::{Command, CompiledRule, MAX_PACKET_BYTES, Report, Setup},
 };
@@ -46,7 +46,17 @@ pub enum WorkerError {
     Channel(#[from] io::Error),
 }
 
-/// A worker that was spawned. Its end is told as an event.
+/// The end of a worker.
+#[derive(Debug)]
+pub struct End {
+    pub id: WorkerId,
+    /// Which of the workers that had the id; none if it could not even be spawned.
+    pub pid: Option<u32>,
+    pub why: String,
+    pub lived: Duration,
+}
+
+/// A worker that was spawned. Its [`End`] is told.
 pub struct WorkerProcess {
     pub pid: u32,
     socket: AsyncFd<OwnedFd>,
@@ -59,7 +69,7 @@ pub struct WorkerProcess {
 
 impl WorkerProcess {
     /// Spawns a worker. It exists from now on, though it may be of no use: [`set_up`](Self::set_up) tells.
-    pub fn spawn(id: &WorkerId, events: mpsc::UnboundedSender<Event>) -> Result<Self, WorkerError> {
+    pub fn spawn(id: &WorkerId, ends: mpsc::UnboundedSender<End>) -> Result<Self, WorkerError> {
         let (ours, theirs) = channel::pair().map_err(WorkerError::Spawn)?;
         let mut child = Process::new("/proc/self/exe")
             .arg0("mcr")
@@ -75,7 +85,7 @@ impl WorkerProcess {
             tokio::spawn(collect_log(id.clone(), stderr));
         }
         let (end, ended) = watch::channel(false);
-        tokio::spawn(watch_end(id.clone(), child, end, events));
+        tokio::spawn(watch_end(id.clone(), child, end, ends));
         // SAFETY: the descriptor is owned by the AsyncFd alone and always answers the same.
         let socket =
             unsafe { AsyncFd::register(ours) }.map_err(|error| WorkerError::Spawn(error.into_parts().1))?;
@@ -208,8 +218,9 @@ async fn watch_end(
     id: WorkerId,
     mut child: Child,
     end: watch::Sender<bool>,
-    events: mpsc::UnboundedSender<Event>,
+    ends: mpsc::UnboundedSender<End>,
 ) {
+    let pid = child.id();
     let started = Instant::now();
     let why = match child.wait().await {
         Ok(status) => describe(status),
@@ -217,7 +228,7 @@ async fn watch_end(
     };
     end.send_replace(true);
     // Without a receiver the daemon itself is ending.
-    let _ = events.send(Event::WorkerExited { id, why, lived: started.elapsed() });
+    let _ = ends.send(End { id, pid, why, lived: started.elapsed() });
 }
 
 fn describe(status: ExitStatus) -> String {

@@ -195,11 +195,6 @@ impl AfXdpQueue {
         }
     }
 
-    /// Frames that wait in the RX ring.
-    pub fn waiting(&mut self) -> bool {
-        self.rx.nb_avail_exact() > 0
-    }
-
     /// Writes the kernel's counters of the socket into the ledger.
     pub fn read_statistics(&self, ledger: &QueueLedger) -> io::Result<()> {
         let statistics = self.rx.fd().xdp_statistics()?;
