@@ -1,7 +1,9 @@
 //! An AF_XDP socket on one RX queue, with a UMEM of its own.
 //!
 //! Every chunk of the UMEM is in exactly one place: with the kernel (fill ring, driver, RX ring) or in the
-//! [`RxBatch`] that is being relayed. The fill ring has room for all of them, so giving back never fails.
+//! [`RxBatch`] that is being relayed. The fill ring has room for twice as many: the kernel shows a frame in
+//! the RX ring before it shows its place in the fill ring as free (`xsk_flush`), so that with room for just
+//! all of them giving back could fail.
 
 use std::{
     io,
@@ -94,14 +96,14 @@ impl AfXdpQueue {
         ledger: &QueueLedger,
     ) -> Result<Self, AfXdpError> {
         let size = |what: &str, n: u32| AfXdpError::Size { what: format!("{what} {n}") };
-        let ring = QueueSize::new(frames).map_err(|_| size("ring of", frames))?;
+        let fill_ring = QueueSize::new(2 * frames).map_err(|_| size("ring of", 2 * frames))?;
         let rx_ring = QueueSize::new((frames / 2).max(1)).map_err(|_| size("ring of", frames / 2))?;
         let unused = QueueSize::new(2).map_err(|_| size("ring of", 2))?;
         let count = NonZeroU32::new(frames).ok_or_else(|| size("UMEM of", frames))?;
         let chunk = FrameSize::new(chunk_bytes).map_err(|_| size("chunk of", chunk_bytes))?;
         let umem_config = UmemConfig::builder()
             .frame_size(chunk)
-            .fill_queue_size(ring)
+            .fill_queue_size(fill_ring)
             .comp_queue_size(unused)
             .build()
             .map_err(|_| size("chunk of", chunk_bytes))?;
