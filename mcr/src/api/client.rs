@@ -256,7 +256,7 @@ mod tests {
         let dir = Scratch::new();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             scope.spawn(|| {
                 let (mut peer, _) = listener.accept().unwrap();
                 let mut request = [0; 1024];
