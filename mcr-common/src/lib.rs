@@ -3,7 +3,6 @@
 //! No I/O and no allocation; every shared type is `repr(C)` and free of padding, with addresses and
 //! ports as bytes in network order.
 #![cfg_attr(not(test), no_std)]
-#![expect(clippy::inline_always, reason = "the verifier follows packet bounds within one function only")]
 
 pub mod abi;
 pub mod counters;

@@ -41,7 +41,7 @@ impl Bytes for Frame {
 
 /// This CPU's value at `index`.
 #[inline(always)]
-pub fn slot<T, const N: usize>(map: &PerCpuArray<T, N>, index: u32) -> Option<&mut T> {
+pub fn slot<T, const N: usize>(map: &'static PerCpuArray<T, N>, index: u32) -> Option<&'static mut T> {
     let value = map.get_ptr_mut(index)?;
     // SAFETY: the kernel returned a pointer to a live value of this CPU; the program runs to its end
     // on this CPU without being entered again, and takes one reference to a value at a time.

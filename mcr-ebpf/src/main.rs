@@ -51,6 +51,7 @@ enum Verdict {
     Rejected(parse::Reject),
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the signature of an XDP program")]
 #[xdp]
 pub fn mcr_steer(ctx: XdpContext) -> u32 {
     let verdict = match parse::parse(&Frame::new(&ctx)) {
