@@ -39,13 +39,17 @@ impl Bytes for Frame {
     }
 }
 
-/// This CPU's value at `index`.
+/// Changes this CPU's value at `index`; `None` if there is no such index.
 #[inline(always)]
-pub fn slot<T, const N: usize>(map: &'static PerCpuArray<T, N>, index: u32) -> Option<&'static mut T> {
+pub fn update<T, R, const N: usize>(
+    map: &PerCpuArray<T, N>,
+    index: u32,
+    change: impl FnOnce(&mut T) -> R,
+) -> Option<R> {
     let value = map.get_ptr_mut(index)?;
     // SAFETY: the kernel returned a pointer to a live value of this CPU; the program runs to its end
-    // on this CPU without being entered again, and takes one reference to a value at a time.
-    Some(unsafe { &mut *value })
+    // on this CPU without being entered again, and changes one value at a time.
+    Some(change(unsafe { &mut *value }))
 }
 
 /// A copy of the value of a flow.

@@ -58,19 +58,19 @@ pub fn mcr_steer(ctx: XdpContext) -> u32 {
         Ok(datagram) => steer(&ctx, &datagram),
         Err(reject) => Verdict::Rejected(reject),
     };
-    let Some(verdicts) = kernel::slot(&VERDICTS, 0) else {
-        return xdp_action::XDP_PASS;
-    };
-    let (counter, xdp_action) = match verdict {
-        Verdict::Steered => (&mut verdicts.steered, xdp_action::XDP_REDIRECT),
-        Verdict::NoWorker => (&mut verdicts.no_worker, xdp_action::XDP_PASS),
-        Verdict::Looped => (&mut verdicts.looped, xdp_action::XDP_DROP),
-        Verdict::AfPacket => (&mut verdicts.af_packet, xdp_action::XDP_PASS),
-        Verdict::NoRule => (&mut verdicts.no_rule, xdp_action::XDP_PASS),
-        Verdict::Rejected(reject) => (verdicts.rejected(reject), xdp_action::XDP_PASS),
-    };
-    count(counter, 1);
-    xdp_action
+    let action = kernel::update(&VERDICTS, 0, |verdicts| {
+        let (counter, action) = match verdict {
+            Verdict::Steered => (&mut verdicts.steered, xdp_action::XDP_REDIRECT),
+            Verdict::NoWorker => (&mut verdicts.no_worker, xdp_action::XDP_PASS),
+            Verdict::Looped => (&mut verdicts.looped, xdp_action::XDP_DROP),
+            Verdict::AfPacket => (&mut verdicts.af_packet, xdp_action::XDP_PASS),
+            Verdict::NoRule => (&mut verdicts.no_rule, xdp_action::XDP_PASS),
+            Verdict::Rejected(reject) => (verdicts.rejected(reject), xdp_action::XDP_PASS),
+        };
+        count(counter, 1);
+        action
+    });
+    action.unwrap_or(xdp_action::XDP_PASS)
 }
 
 #[inline(always)]
@@ -78,33 +78,27 @@ fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
     let Some(flow) = find(datagram) else {
         return Verdict::NoRule;
     };
-    let Some(rule) = kernel::slot(&RULES, flow.rule) else {
-        return Verdict::NoRule;
-    };
-    count(&mut rule.matched, 1);
-    count(&mut rule.matched_bytes, u64::from(datagram.payload_len));
-    match flow.action {
-        action::LOOP => {
-            count(&mut rule.looped, 1);
-            Verdict::Looped
-        }
+    let verdict = match flow.action {
+        action::LOOP => Verdict::Looped,
         action::PASS => Verdict::AfPacket,
-        _ => {
-            let queue = ctx.rx_queue_index();
-            // With an empty slot the helper answers the action in the flags' low bits.
-            if SOCKETS.redirect(queue, u64::from(xdp_action::XDP_PASS)).is_ok() {
-                if let Some(queue) = kernel::slot(&QUEUES, queue) {
-                    count(&mut queue.steered, 1);
-                }
-                #[cfg(feature = "log")]
-                aya_log_ebpf::debug!(ctx, "steered a datagram of rule slot {}", flow.rule);
-                Verdict::Steered
-            } else {
-                count(&mut rule.no_worker, 1);
-                Verdict::NoWorker
-            }
+        // With an empty slot the helper answers the action in the flags' low bits.
+        _ if SOCKETS.redirect(ctx.rx_queue_index(), u64::from(xdp_action::XDP_PASS)).is_ok() => {
+            Verdict::Steered
         }
+        _ => Verdict::NoWorker,
+    };
+    kernel::update(&RULES, flow.rule, |rule| {
+        count(&mut rule.matched, 1);
+        count(&mut rule.matched_bytes, u64::from(datagram.payload_len));
+        count(&mut rule.no_worker, u64::from(matches!(verdict, Verdict::NoWorker)));
+        count(&mut rule.looped, u64::from(matches!(verdict, Verdict::Looped)));
+    });
+    if matches!(verdict, Verdict::Steered) {
+        kernel::update(&QUEUES, ctx.rx_queue_index(), |queue| count(&mut queue.steered, 1));
+        #[cfg(feature = "log")]
+        aya_log_ebpf::debug!(ctx, "steered a datagram of rule slot {}", flow.rule);
     }
+    verdict
 }
 
 /// The flow of a datagram: the rule for its source goes before the rule for any source.
