@@ -3,12 +3,17 @@
 //!
 //! Endpoints travel in the form in which a person types them, canonical: `239.1.1.1:5000@eth0,source=192.0.2.7`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 /// Version of the shapes below.
 pub const SCHEMA: u32 = 1;
+
+/// A moment as it is written here: RFC 3339 in UTC, to the millisecond.
+pub fn timestamp(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}
 
 /// Longest request line, in bytes, newline included.
 pub const MAX_REQUEST_BYTES: usize = 256 * 1024;

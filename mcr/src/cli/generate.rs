@@ -3,7 +3,7 @@
 use std::{
     hash::{BuildHasher, RandomState},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::traffic::{self, Progress};
 use crate::{
-    api::wire::SCHEMA,
+    api::wire::{SCHEMA, timestamp},
     rule::{Dscp, Output, Ttl},
     traffic::{
         clock,
@@ -214,7 +214,7 @@ fn report(args: &Args, endpoint: &Output, sender: &Sender, ended: SendEnd) -> Re
     Report {
         schema: SCHEMA,
         tool: "gen",
-        time: clock::rfc3339(clock::realtime_ns()),
+        time: timestamp(SystemTime::now()),
         endpoint: endpoint.to_string(),
         run: format!("{:016x}", plan.run),
         rate: args.rate,

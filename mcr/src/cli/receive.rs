@@ -1,6 +1,11 @@
 //! `mcr recv`: accounts for the test traffic of `mcr gen`.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::Ipv4Addr,
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, bail};
 use clap::value_parser;
@@ -8,11 +13,10 @@ use serde::Serialize;
 
 use super::traffic::{self, Progress};
 use crate::{
-    api::wire::SCHEMA,
+    api::wire::{SCHEMA, timestamp},
     rule::{Dscp, Input, InterfaceName, Output, Ttl},
     traffic::{
         account::{Counts, MAX_SOURCES, StreamAccount},
-        clock,
         group::MAX_STREAMS,
         receiver::{ReceiveEnd, ReceivePlan, Receiver},
         sequence::SequenceCounts,
@@ -285,7 +289,7 @@ fn report(args: &Args, receiver: &Receiver, ended: ReceiveEnd) -> Report {
     Report {
         schema: SCHEMA,
         tool: "recv",
-        time: clock::rfc3339(clock::realtime_ns()),
+        time: timestamp(SystemTime::now()),
         endpoint: args.endpoint.clone(),
         ended: match ended {
             ReceiveEnd::Count => "count",

@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     rule::{IfIndex, InterfaceName},
-    sys::multicast,
+    sys::{multicast, socket_option},
 };
 
 /// Room for what a slow device has not taken yet, per socket.
@@ -38,9 +38,9 @@ pub fn open(key: &EgressKey) -> io::Result<OwnedFd> {
     socket.bind_device(Some(key.interface.as_str().as_bytes()))?;
     socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, key.source_port).into())?;
     // Errors of the queueing discipline are told only to a socket that asks for them.
-    multicast::set_integer(&socket, libc::IPPROTO_IP, libc::IP_RECVERR, 1)?;
-    multicast::set_integer(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)?;
-    if multicast::set_integer(&socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BUFFER_BYTES).is_err() {
+    socket_option::set(&socket, libc::IPPROTO_IP, libc::IP_RECVERR, &1)?;
+    socket_option::set(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, &libc::IP_PMTUDISC_PROBE)?;
+    if socket_option::set(&socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER_BYTES).is_err() {
         socket.set_send_buffer_size(SEND_BUFFER_BYTES as usize)?;
     }
     Ok(socket.into())

@@ -8,18 +8,13 @@ use std::{
 use crate::{
     api::wire::{
         self, Error, Health, InterfaceStats, OutputInfo, OutputStats, RuleCounts, RuleInfo, RuleList,
-        RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList,
+        RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList, timestamp,
     },
     rule::{InterfaceName, Output, OutputSlot},
     ruleset::Entry,
     supervisor::{event::WorkerId, run::Daemon, state::Problem},
     worker::ledger::DropReason,
 };
-
-/// RFC 3339 in UTC, to the millisecond.
-fn timestamp(time: SystemTime) -> String {
-    humantime::format_rfc3339_millis(time).to_string()
-}
 
 /// The counters above zero, by name.
 fn nonzero<'a>(counters: impl IntoIterator<Item = (&'a str, u64)>) -> BTreeMap<String, u64> {

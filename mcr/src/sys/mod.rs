@@ -4,3 +4,4 @@ pub mod channel;
 pub mod ethtool;
 pub mod multicast;
 pub mod privileges;
+pub mod socket_option;

@@ -1,29 +1,29 @@
 //! Joining and leaving by interface index (RFC 3678), and filters on sockets that only send.
 
-use std::{
-    io,
-    mem::{size_of, zeroed},
-    net::Ipv4Addr,
-    os::fd::{AsRawFd, RawFd},
-};
+use std::{io, mem::zeroed, net::Ipv4Addr, os::fd::AsRawFd};
 
-use crate::net::membership::Membership;
+use crate::{net::membership::Membership, sys::socket_option};
 
 pub fn join(socket: &impl AsRawFd, membership: &Membership) -> io::Result<()> {
-    change(socket.as_raw_fd(), membership, libc::MCAST_JOIN_GROUP, libc::MCAST_JOIN_SOURCE_GROUP)
+    change(socket, membership, libc::MCAST_JOIN_GROUP, libc::MCAST_JOIN_SOURCE_GROUP)
 }
 
 pub fn leave(socket: &impl AsRawFd, membership: &Membership) -> io::Result<()> {
-    change(socket.as_raw_fd(), membership, libc::MCAST_LEAVE_GROUP, libc::MCAST_LEAVE_SOURCE_GROUP)
+    change(socket, membership, libc::MCAST_LEAVE_GROUP, libc::MCAST_LEAVE_SOURCE_GROUP)
 }
 
-fn change(socket: RawFd, membership: &Membership, any_source: i32, one_source: i32) -> io::Result<()> {
+fn change(
+    socket: &impl AsRawFd,
+    membership: &Membership,
+    any_source: i32,
+    one_source: i32,
+) -> io::Result<()> {
     let interface = membership.interface.0;
     let group = storage(membership.group);
     match membership.source {
         None => {
             let request = libc::group_req { gr_interface: interface, gr_group: group };
-            set_option(socket, libc::IPPROTO_IP, any_source, &request)
+            socket_option::set(socket, libc::IPPROTO_IP, any_source, &request)
         }
         Some(source) => {
             let request = libc::group_source_req {
@@ -31,7 +31,7 @@ fn change(socket: RawFd, membership: &Membership, any_source: i32, one_source: i
                 gsr_group: group,
                 gsr_source: storage(source),
             };
-            set_option(socket, libc::IPPROTO_IP, one_source, &request)
+            socket_option::set(socket, libc::IPPROTO_IP, one_source, &request)
         }
     }
 }
@@ -41,30 +41,13 @@ pub fn receive_nothing(socket: &impl AsRawFd) -> io::Result<()> {
     // BPF_RET | BPF_K with 0 bytes to keep.
     let mut refuse = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
     let program = libc::sock_fprog { len: 1, filter: &raw mut refuse };
-    set_option(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    socket_option::set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
 }
 
-/// Sets an integer option that no library of ours names.
-pub fn set_integer(socket: &impl AsRawFd, level: i32, name: i32, value: i32) -> io::Result<()> {
-    set_option(socket.as_raw_fd(), level, name, &value)
-}
-
-/// The inode-like number of the socket's network namespace, never reused while the machine runs.
+/// The number of the socket's network namespace, never used again while the machine runs.
 pub fn netns_cookie(socket: &impl AsRawFd) -> io::Result<u64> {
     const SO_NETNS_COOKIE: i32 = 71;
-    let mut cookie = 0u64;
-    let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes, the size of the cookie.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut len,
-        )
-    };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    Ok(u64::from_ne_bytes(socket_option::get(socket, libc::SOL_SOCKET, SO_NETNS_COOKIE)?))
 }
 
 fn storage(address: Ipv4Addr) -> libc::sockaddr_storage {
@@ -80,11 +63,4 @@ fn storage(address: Ipv4Addr) -> libc::sockaddr_storage {
         (&raw mut storage).cast::<libc::sockaddr_in>().write(address);
         storage
     }
-}
-
-fn set_option<T>(socket: RawFd, level: i32, name: i32, value: &T) -> io::Result<()> {
-    let len = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the kernel reads `len` bytes of the value, which is the structure that the option takes.
-    let result = unsafe { libc::setsockopt(socket, level, name, std::ptr::from_ref(value).cast(), len) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -9,26 +9,19 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{account::Datagram, probe};
-use crate::rule::{IfIndex, InterfaceName};
+use crate::{
+    net::membership::Membership,
+    rule::{IfIndex, InterfaceName},
+    sys::{multicast, socket_option},
+};
 
 /// Largest receive buffer that is asked for; many sockets share four times this.
 const RECEIVE_BUFFER_BYTES: usize = 128 << 20;
 
 const SEND_BUFFER_BYTES: usize = 8 << 20;
-
-/// From linux/in.h; the `libc` crate has it for other systems only.
-const MCAST_JOIN_SOURCE_GROUP: libc::c_int = 46;
-
-/// `struct group_source_req` of linux/in.h.
-#[repr(C)]
-struct GroupSourceReq {
-    interface: u32,
-    group: libc::sockaddr_storage,
-    source: libc::sockaddr_storage,
-}
 
 /// The index of an interface of this network namespace.
 pub fn interface_index(name: &InterfaceName) -> nix::Result<IfIndex> {
@@ -93,7 +86,7 @@ pub fn sender(options: &SendOptions) -> Result<Socket, SocketError> {
     // Without it the kernel keeps to itself that a queue was full, and the datagram would pass for sent.
     setsockopt(&socket, sockopt::Ipv4RecvErr, &true).during("IP_RECVERR")?;
     // Too big for the MTU is an error then, and never a fragment.
-    set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, &libc::IP_PMTUDISC_DO)
+    socket_option::set(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, &libc::IP_PMTUDISC_DO)
         .during("IP_MTU_DISCOVER")?;
     if setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER_BYTES).is_err() {
         setsockopt(&socket, sockopt::SndBuf, &SEND_BUFFER_BYTES).during("SO_SNDBUF")?;
@@ -141,15 +134,10 @@ pub fn receiver(address: SocketAddrV4, options: &ReceiveOptions) -> Result<Socke
     setsockopt(&socket, sockopt::Ipv4RecvTtl, &true).during("IP_RECVTTL")?;
     setsockopt(&socket, sockopt::IpRecvTos, &true).during("IP_RECVTOS")?;
     socket.bind(&address.into()).during("bind")?;
-    match options.source {
-        Some(source) if group => {
-            join_source(&socket, *address.ip(), source, options.index).during("MCAST_JOIN_SOURCE_GROUP")?;
-        }
-        _ if group => {
-            let interface = InterfaceIndexOrAddress::Index(options.index.0);
-            socket.join_multicast_v4_n(address.ip(), &interface).during("IP_ADD_MEMBERSHIP")?;
-        }
-        _ => {}
+    if group {
+        let membership =
+            Membership { interface: options.index, group: *address.ip(), source: options.source };
+        multicast::join(&socket, &membership).during("joining the group")?;
     }
     Ok(socket)
 }
@@ -164,55 +152,16 @@ fn udp() -> Result<Socket, SocketError> {
 fn set_multicast_interface(socket: &Socket, index: IfIndex) -> io::Result<()> {
     let any = libc::in_addr { s_addr: 0 };
     let request = libc::ip_mreqn { imr_multiaddr: any, imr_address: any, imr_ifindex: index.0.cast_signed() };
-    set_option(socket, libc::IPPROTO_IP, libc::IP_MULTICAST_IF, &request)
-}
-
-/// By index, which `IP_ADD_SOURCE_MEMBERSHIP` cannot do.
-fn join_source(socket: &Socket, group: Ipv4Addr, source: Ipv4Addr, index: IfIndex) -> io::Result<()> {
-    let storage = |address| {
-        // SAFETY: sockaddr_storage is plain integers, for which zero bytes are a value.
-        let mut storage: libc::sockaddr_storage = unsafe { mem::zeroed() };
-        // SAFETY: sockaddr_storage is as large and as aligned as any socket address, so sockaddr_in fits.
-        unsafe {
-            ptr::from_mut(&mut storage)
-                .cast::<libc::sockaddr_in>()
-                .write(sockaddr(SocketAddrV4::new(address, 0)));
-        };
-        storage
-    };
-    let request = GroupSourceReq { interface: index.0, group: storage(group), source: storage(source) };
-    set_option(socket, libc::IPPROTO_IP, MCAST_JOIN_SOURCE_GROUP, &request)
-}
-
-fn set_option<T>(socket: &Socket, level: libc::c_int, name: libc::c_int, value: &T) -> io::Result<()> {
-    let length = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the pointer and the length are those of `value`, which outlives the call; the kernel only reads.
-    let result =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, ptr::from_ref(value).cast(), length) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    socket_option::set(socket, libc::IPPROTO_IP, libc::IP_MULTICAST_IF, &request)
 }
 
 /// Datagrams that the kernel dropped at this socket for want of space in its buffer (or for a bad checksum).
 ///
 /// It is the counter that `SO_RXQ_OVFL` attaches to datagrams; asked for, it also tells of drops after the last one.
 pub fn dropped(socket: &Socket) -> io::Result<u64> {
-    let mut meminfo = [0u32; 9];
-    let mut length = size_of_val(&meminfo) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes, the size of the array, into it.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_MEMINFO,
-            meminfo.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 {
-        Ok(meminfo[libc::SK_MEMINFO_DROPS as usize].into())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let meminfo: [u8; 36] = socket_option::get(socket, libc::SOL_SOCKET, libc::SO_MEMINFO)?;
+    let drops = meminfo.as_chunks::<4>().0[libc::SK_MEMINFO_DROPS as usize];
+    Ok(u32::from_ne_bytes(drops).into())
 }
 
 /// Payloads of one size to send.

@@ -1,0 +1,22 @@
+//! Socket options that no library of ours names.
+
+use std::{io, os::fd::AsRawFd};
+
+/// Sets an option whose value the kernel knows as `T`, a C structure or integer.
+pub fn set<T: Copy>(socket: &impl AsRawFd, level: i32, name: i32, value: &T) -> io::Result<()> {
+    let len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes of the value, which outlives the call.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, std::ptr::from_ref(value).cast(), len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Reads an option of `N` bytes.
+pub fn get<const N: usize>(socket: &impl AsRawFd, level: i32, name: i32) -> io::Result<[u8; N]> {
+    let mut value = [0u8; N];
+    let mut len = N as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, the size of the array, into it.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
