@@ -438,9 +438,8 @@ fn expected_marks(output: &CompiledOutput, given: &Given) -> Result<(u8, u8), Dr
         return Err(DropReason::TooBig);
     }
     let ttl = match (output.ttl, given.ttl) {
-        (Ttl::Fixed(ttl), _) => ttl,
         (Ttl::Copy, 0) | (Ttl::Decrement, 0 | 1) => return Err(DropReason::TtlExpired),
-        (Ttl::Copy, ttl) => ttl,
+        (Ttl::Fixed(ttl), _) | (Ttl::Copy, ttl) => ttl,
         (Ttl::Decrement, ttl) => ttl - 1,
     };
     Ok((ttl, output.dscp.unwrap_or(given.tos >> 2) << 2))
@@ -510,7 +509,9 @@ proptest! {
                 }
                 expected.retain(|(_, marks)| marks.is_ok());
                 prop_assert_eq!(left, expected);
-                runs.iter().for_each(|run| check_limits(output, run));
+                for run in &runs {
+                    check_limits(output, run);
+                }
                 for pair in runs.windows(2) {
                     let last = pair[0].datagrams[pair[0].datagrams.len() - 1];
                     let adjacent = its.iter().position(|&n| n == last).map(|place| its[place + 1])
