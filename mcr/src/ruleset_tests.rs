@@ -191,8 +191,9 @@ fn a_name_that_is_taken_is_refused_with_the_difference() {
 fn what_may_stand_beside_another_rule_is_taken() {
     fn check(standing: &[Rule], new: Rule) {
         let mut set = set_of(standing);
-        assert_eq!(set.add(new.clone(), Origin::Cli), Ok(Change::Made), "{new:?}");
-        assert_eq!(set.get(new.name.as_str()).unwrap().rule, new);
+        let expected = new.clone();
+        assert_eq!(set.add(new, Origin::Cli), Ok(Change::Made), "{expected:?}");
+        assert_eq!(set.get(expected.name.as_str()).unwrap().rule, expected);
     }
     let forth = || rule("forth", "239.1.1.1:5000@eth0", &["239.1.1.1:5000@eth1"]);
     // The same group both ways.
@@ -239,8 +240,9 @@ fn an_amendment_changes_what_it_names_and_leaves_the_other_slots() {
     fn check(amendment: Amendment, change: Change, expected: &str) {
         let standing = rule("cam", "239.1.1.1:5000@eth0", &["239.2.2.2:1@eth1", "239.2.2.2:2@eth1,ttl=8"]);
         let mut set = set_of(&[standing]);
-        assert_eq!(set.amend("cam", amendment.clone()), Ok(change), "{amendment:?}");
-        assert_eq!(shown(&set), [format!("cam 0=239.1.1.1:5000@eth0 -> {expected}")], "{amendment:?}");
+        let asked = format!("{amendment:?}");
+        assert_eq!(set.amend("cam", amendment), Ok(change), "{asked}");
+        assert_eq!(shown(&set), [format!("cam 0=239.1.1.1:5000@eth0 -> {expected}")], "{asked}");
     }
     let (first, second) = ("0=239.2.2.2:1@eth1", "1=239.2.2.2:2@eth1,ttl=8");
     let both = format!("{first} {second}");

@@ -252,7 +252,7 @@ mod tests {
         let _listener = bind(&ControlLock::acquire(&fits).unwrap()).unwrap();
         let long = dir.path().join("x".repeat(MAX_PATH_BYTES - dir.path().as_os_str().len()));
         let error = ControlLock::acquire(&long).unwrap_err().to_string();
-        assert!(error.contains("has 108 bytes and the kernel takes 107: choose another"), "{error}");
+        assert!(error.contains("is too long (108 bytes, the kernel takes 107): choose another"), "{error}");
     }
 
     #[test]

@@ -269,25 +269,32 @@ fn a_client_that_never_reads_is_cut_and_holds_no_one() {
 
 #[test]
 fn the_newest_of_too_many_is_turned_away() {
-    let server = Server::start(Limits { connections: 3, ..Limits::default() });
+    let patience = Duration::from_mins(1);
+    let server = Server::start(Limits { connections: 3, patience, ..Limits::default() });
     let mut clients: Vec<_> = (0..3).map(|_| Client::connect(&server.path).unwrap()).collect();
     for client in &mut clients {
         client.call::<Pong>(&Request::Ping).unwrap();
     }
-    let error = Client::connect(&server.path).unwrap().call::<Pong>(&Request::Ping).unwrap_err();
-    match error {
-        ClientError::Refused(error) => {
-            assert_eq!(error.code, code::BUSY);
-            assert_eq!(error.message, "the daemon serves 3 connections already: try again");
-        }
-        other => panic!("{other}"),
-    }
+    let refused = last_words(server.connect());
+    assert_eq!(refused["error"]["code"], code::BUSY);
+    assert_eq!(refused["error"]["message"], "the daemon serves 3 connections already: try again");
     clients[0].call::<Pong>(&Request::Ping).unwrap();
     drop(clients);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while Client::connect(&server.path).unwrap().call::<Pong>(&Request::Ping).is_err() {
-        assert!(Instant::now() < deadline, "closed connections still count");
-    }
+    // A client tries again until there is room.
+    server.assert_well();
+}
+
+#[test]
+fn the_longest_silent_gives_way_to_the_newest() {
+    let server = Server::start(Limits { connections: 3, patience: QUICK, ..Limits::default() });
+    let silent: Vec<_> = (0..3).map(|_| server.connect()).collect();
+    server.assert_well();
+    // The oldest was closed, without a word.
+    let mut text = Vec::new();
+    (&silent[0]).read_to_end(&mut text).unwrap();
+    assert_eq!(text, b"");
+    (&silent[2]).write_all(PING).unwrap();
+    assert_eq!(read_response(&mut StdBufReader::new(&silent[2]))["result"]["version"], "test");
 }
 
 #[test]
