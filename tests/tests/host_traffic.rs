@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use mcr::api::wire::{Health, RuleShow};
 use tests::{
     Namespace, Relay, Site, Source, capture::assert_sequence, site::Membership, source::Stream, wait_until,
 };
@@ -126,4 +127,30 @@ fn a_program_on_the_host_hears_an_output_only_if_the_rule_says_so() {
     relay.balanced("loud", 1_000);
     loud.exactly(1_000);
     assert_eq!(quiet.count(), 0);
+}
+
+#[test]
+fn an_output_whose_source_port_is_taken_waits_and_disturbs_no_other() {
+    let site = Site::default();
+    let mut taken = Listener::bind(&site.relay, "0.0.0.0:6000");
+    let relay = Relay::start(&site);
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    site.segments[0].wait_until_joined("239.1.1.1".parse().unwrap());
+    let relayed = Source::start(site.source(), Stream::to(at("239.1.1.1:5000")));
+    let answer = relay.cli(&["rule", "set", "cam1", "--add-out", "239.2.2.3:6001@out1,from=10.78.1.1:6000"]);
+    answer.ok();
+    assert!(answer.stderr.contains("6000") && answer.stderr.lines().count() == 1, "{answer}");
+    let rule = relay.json::<RuleShow>(&["rule", "show", "cam1"]).rule;
+    assert_eq!(
+        (rule.outputs[0].health, rule.outputs[1].health),
+        (Health::Active, Health::Pending),
+        "{rule:?}"
+    );
+    Source::play(&site.sinks[0].host, Stream { count: 1_000, ..Stream::to(at("10.78.0.1:6000")) });
+    taken.exactly(1_000);
+    let sent = relayed.stop();
+    let stats = relay.balanced("cam1", sent);
+    assert_eq!(stats.outputs[0].sent, sent);
+    assert_eq!(stats.outputs[1].dropped.get("pending"), Some(&stats.outputs[1].received), "{stats:?}");
+    assert_eq!(relay.workers()[0].restarts, 0);
 }

@@ -45,6 +45,15 @@ pub enum Event {
     Stop,
 }
 
+/// Why an effect could not be carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// What it was to do cannot be done now.
+    Refused(String),
+    /// The worker that was to do it is of no use any more and is being ended.
+    Worker { id: WorkerId, why: String },
+}
+
 /// What is to be done, in the order in which it is said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {

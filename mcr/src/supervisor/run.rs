@@ -32,7 +32,7 @@ use crate::{
     ruleset::OUTPUTS_PER_RULE,
     supervisor::{
         books::{Books, Programs},
-        event::{Effect, Event, WorkerId, WorkerSpec},
+        event::{Effect, Event, Failure, WorkerId, WorkerSpec},
         host::{self, Namespace},
         log::LogControl,
         settings::Settings,
@@ -202,8 +202,8 @@ impl Daemon {
     /// Takes an event in and does what follows from it.
     async fn take(&mut self, event: Event) {
         for effect in self.state.apply(event) {
-            if let Err(why) = self.execute(&effect).await {
-                error!(?effect, why, "failed");
+            if let Err(failure) = self.execute(&effect).await {
+                error!(?effect, ?failure, "failed");
             }
         }
         self.settle().await;
@@ -235,9 +235,10 @@ impl Daemon {
                 debug!(?effect, "doing");
                 match self.execute(&effect).await {
                     Ok(()) => self.state.done(&effect),
-                    Err(why) => {
+                    Err(failure) => {
+                        let (Failure::Refused(why) | Failure::Worker { why, .. }) = &failure;
                         warn!("{why}");
-                        self.state.failed(&effect, why);
+                        self.state.failed(&effect, failure);
                         break;
                     }
                 }
@@ -246,9 +247,9 @@ impl Daemon {
     }
 
     /// Carries out one effect.
-    async fn execute(&mut self, effect: &Effect) -> Result<(), String> {
+    async fn execute(&mut self, effect: &Effect) -> Result<(), Failure> {
         match effect {
-            Effect::Attach { interface } => self.attach(interface),
+            Effect::Attach { interface } => self.attach(interface).map_err(Failure::Refused),
             Effect::Detach { interface } => {
                 if let Some(program) = self.programs.remove(interface) {
                     self.books.program_ends(interface, &program, &self.state);
@@ -276,11 +277,11 @@ impl Daemon {
                 Ok(())
             }
             Effect::SetFlow { interface, key, value } => match self.programs.get_mut(interface) {
-                Some(program) => program.set_flow(key, *value).map_err(|error| error.to_string()),
-                None => Err(format!("{interface} has no program")),
+                Some(program) => program.set_flow(key, *value).map_err(|error| refused(&error)),
+                None => Err(Failure::Refused(format!("{interface} has no program"))),
             },
             Effect::DeleteFlow { interface, key } => match self.programs.get_mut(interface) {
-                Some(program) => program.delete_flow(key).map_err(|error| error.to_string()),
+                Some(program) => program.delete_flow(key).map_err(|error| refused(&error)),
                 None => Ok(()),
             },
             Effect::Barrier => {
@@ -290,11 +291,9 @@ impl Daemon {
             Effect::Join(membership) => self.memberships.join(*membership).map_err(|error| {
                 let source =
                     membership.source.map(|source| format!(" of source {source}")).unwrap_or_default();
-                format!("the group {}{source} cannot be joined: {error}", membership.group)
+                Failure::Refused(format!("the group {}{source} cannot be joined: {error}", membership.group))
             }),
-            Effect::Leave(membership) => {
-                self.memberships.leave(*membership).map_err(|error| error.to_string())
-            }
+            Effect::Leave(membership) => self.memberships.leave(*membership).map_err(|error| refused(&error)),
             Effect::OpenEgress { id, .. }
             | Effect::CloseEgress { id, .. }
             | Effect::UpsertRule { id, .. }
@@ -330,7 +329,7 @@ impl Daemon {
     }
 
     /// Starts a worker and takes its sockets.
-    async fn start_worker(&mut self, id: &WorkerId, spec: &WorkerSpec) -> Result<(), String> {
+    async fn start_worker(&mut self, id: &WorkerId, spec: &WorkerSpec) -> Result<(), Failure> {
         let setup = Setup {
             interface: id.interface.as_str().to_owned(),
             queues: spec.queues.clone(),
@@ -340,51 +339,49 @@ impl Daemon {
             layout: self.books.layout(),
             log_level: self.log.level().as_str().to_owned(),
         };
-        let ledger = self.books.ledger(id).map_err(|error| format!("no ledger for worker {id}: {error}"))?;
         let mut worker = match WorkerProcess::spawn(id, self.ends.clone()) {
             Ok(worker) => worker,
-            Err(error) => {
-                // No process tells its end, so this does.
-                let why = one_line(&error);
-                let _ = self.ends.send(End {
-                    id: id.clone(),
-                    pid: None,
-                    why: why.clone(),
-                    lived: Duration::ZERO,
-                });
-                return Err(why);
-            }
+            Err(error) => return Err(self.worker_failed(id, one_line(&error))),
         };
-        let answer = worker.set_up(setup, ledger).await;
+        let sockets = match self.books.ledger(id) {
+            Ok(ledger) => worker.set_up(setup, ledger).await.map_err(|error| one_line(&error)),
+            Err(error) => Err(format!("it has no ledger: {error}")),
+        };
         let pid = worker.pid;
         let worker = self.workers.entry(id.clone()).insert_entry(worker).into_mut();
-        let sockets = match answer {
-            Ok(sockets) if sockets.len() == spec.queues.len() => sockets,
-            Ok(_) => {
-                worker.kill();
-                return Err(format!("worker {id} did not hand up its sockets"));
+        match sockets {
+            Ok(sockets) if sockets.len() == spec.queues.len() => {
+                worker.hold(spec.queues.iter().copied().map(QueueId).zip(sockets).collect());
+                info!(worker = %id, pid, queues = ?spec.queues, cpu = spec.cpu, "worker started");
+                Ok(())
             }
-            Err(error) => {
-                worker.kill();
-                return Err(format!("worker {id} did not start: {}", one_line(&error)));
+            Ok(_) => Err(self.worker_failed(id, "it did not hand up its sockets".to_owned())),
+            Err(why) => Err(self.worker_failed(id, why)),
+        }
+    }
+
+    /// Ends a worker that is of no use; the end of its process, or this if there is none, has it restarted.
+    fn worker_failed(&mut self, id: &WorkerId, why: String) -> Failure {
+        match self.workers.get(id) {
+            Some(worker) => worker.kill(),
+            None => {
+                let end = End { id: id.clone(), pid: None, why: why.clone(), lived: Duration::ZERO };
+                // Without a receiver the daemon itself is ending.
+                let _ = self.ends.send(end);
             }
-        };
-        worker.hold(spec.queues.iter().copied().map(QueueId).zip(sockets).collect());
-        info!(worker = %id, pid, queues = ?spec.queues, cpu = spec.cpu, "worker started");
-        Ok(())
+        }
+        Failure::Worker { id: id.clone(), why: format!("worker {id}: {why}") }
     }
 
     /// Steers frames to a worker that has its rules.
-    fn steer(&mut self, id: &WorkerId) -> Result<(), String> {
-        let Some(worker) = self.workers.get_mut(id) else { return Err(format!("worker {id} has ended")) };
-        let Some(program) = self.programs.get_mut(&id.interface) else {
-            return Err(format!("{} has no program", id.interface));
-        };
-        for (queue, socket) in worker.take_sockets() {
-            if let Err(error) = program.set_socket(queue, socket.as_fd()) {
-                worker.kill();
-                return Err(one_line(&error));
-            }
+    fn steer(&mut self, id: &WorkerId) -> Result<(), Failure> {
+        let sockets = self.workers.get_mut(id).map(WorkerProcess::take_sockets).unwrap_or_default();
+        for (queue, socket) in sockets {
+            let set = match self.programs.get_mut(&id.interface) {
+                Some(program) => program.set_socket(queue, socket.as_fd()).map_err(|error| one_line(&error)),
+                None => Err(format!("{} has no program", id.interface)),
+            };
+            set.map_err(|why| self.worker_failed(id, why))?;
         }
         info!(worker = %id, "worker relays");
         Ok(())
@@ -404,27 +401,30 @@ impl Daemon {
     }
 
     /// Tells a worker something, and ends it if it does not obey.
-    async fn tell_worker(&mut self, id: &WorkerId, effect: &Effect) -> Result<(), String> {
-        let Some(worker) = self.workers.get_mut(id) else {
-            return Err(format!("worker {id} has ended"));
+    async fn tell_worker(&mut self, id: &WorkerId, effect: &Effect) -> Result<(), Failure> {
+        let egress = match effect {
+            Effect::OpenEgress { key, .. } => Some(egress_socket::open(key).map_err(|error| {
+                let (interface, port) = (&key.interface, key.source_port);
+                Failure::Refused(format!("no socket can send from {interface} port {port}: {error}"))
+            })?),
+            _ => None,
         };
-        let told = match effect {
-            Effect::OpenEgress { socket, key, .. } => {
-                let egress = egress_socket::open(key).map_err(|error| {
-                    format!("no socket sends from {} port {}: {error}", key.interface, key.source_port)
-                })?;
-                worker.open_egress(*socket, &egress).await
-            }
-            Effect::CloseEgress { socket, .. } => worker.close_egress(*socket).await,
-            Effect::UpsertRule { rule, .. } => worker.upsert(rule.clone()).await,
-            Effect::RemoveRule { slot, .. } => worker.remove(slot.0).await,
+        let Some(worker) = self.workers.get_mut(id) else {
+            return Err(self.worker_failed(id, "it has ended".to_owned()));
+        };
+        let told = match (effect, &egress) {
+            (Effect::OpenEgress { socket, .. }, Some(egress)) => worker.open_egress(*socket, egress).await,
+            (Effect::CloseEgress { socket, .. }, _) => worker.close_egress(*socket).await,
+            (Effect::UpsertRule { rule, .. }, _) => worker.upsert(rule.clone()).await,
+            (Effect::RemoveRule { slot, .. }, _) => worker.remove(slot.0).await,
             _ => Ok(()),
         };
-        told.map_err(|error| {
-            worker.kill();
-            format!("worker {id}: {}", one_line(&error))
-        })
+        told.map_err(|error| self.worker_failed(id, one_line(&error)))
     }
+}
+
+fn refused(error: &dyn std::error::Error) -> Failure {
+    Failure::Refused(one_line(error))
 }
 
 /// Waits until all programs are through that might act on a deleted flow.

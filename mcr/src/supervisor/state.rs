@@ -22,7 +22,7 @@ use crate::{
     },
     rule::{Datapath, Dscp, IfIndex, InterfaceName, Origin, Output, Rule, RuleSlot, Ttl},
     ruleset::{self, Amendment, Change, Entry, Refusal, RuleSet},
-    supervisor::event::{Effect, Event, WorkerId, WorkerSpec},
+    supervisor::event::{Effect, Event, Failure, WorkerId, WorkerSpec},
     worker::protocol::{self, CompiledOutput, CompiledRule, Route},
 };
 
@@ -93,6 +93,7 @@ pub struct State {
     /// Interfaces on which something failed, and why; cleared when they change.
     interface_failures: BTreeMap<InterfaceName, String>,
     join_failures: BTreeMap<Membership, String>,
+    egress_failures: BTreeMap<EgressKey, String>,
     mishaps: BTreeMap<WorkerId, Mishaps>,
     /// Ids of egress sockets, the same in every worker, never used for another.
     egress_ids: BTreeMap<EgressKey, u32>,
@@ -111,6 +112,7 @@ impl State {
             actual: Actual::default(),
             interface_failures: BTreeMap::new(),
             join_failures: BTreeMap::new(),
+            egress_failures: BTreeMap::new(),
             mishaps: BTreeMap::new(),
             egress_ids: BTreeMap::new(),
             next_egress_id: 0,
@@ -163,16 +165,10 @@ impl State {
     pub fn apply(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Links(links) => {
-                let changed: Vec<_> = self
-                    .interface_failures
-                    .keys()
-                    .filter(|name| links.get(name) != self.links.get(name))
-                    .cloned()
-                    .collect();
-                for name in &changed {
-                    self.forget_failures(name);
-                }
-                self.links = links;
+                let old = std::mem::replace(&mut self.links, links);
+                self.interface_failures.retain(|name, _| old.get(name) == self.links.get(name));
+                self.join_failures.clear();
+                self.egress_failures.clear();
             }
             Event::WorkerExited { id, why, lived } => return self.worker_exited(id, why, lived),
             Event::RestartDue { id } => {
@@ -207,6 +203,7 @@ impl State {
     fn forget_failures(&mut self, interface: &InterfaceName) {
         self.interface_failures.remove(interface);
         self.join_failures.clear();
+        self.egress_failures.clear();
     }
 
     /// What to do next, in this order. Empty when all is as it is wanted.
@@ -474,6 +471,9 @@ impl State {
             source_port: output.from.and_then(|from| from.port).unwrap_or(self.limits.source_port),
             loop_back: output.loop_back,
         };
+        if let Some(why) = self.egress_failures.get(&key) {
+            return Err(why.clone());
+        }
         let route = Route {
             socket: 0,
             ifindex: link.index.0,
@@ -491,7 +491,7 @@ impl State {
 
     fn plan_flows(&self, effects: &mut Vec<Effect>) {
         let interfaces: BTreeSet<_> = self.rules.iter().map(|entry| &entry.rule.input.interface).collect();
-        for interface in interfaces {
+        for interface in interfaces.into_iter().filter(|name| !self.interface_failures.contains_key(*name)) {
             let none = BTreeMap::new();
             let flows = self.actual.flows.get(interface).unwrap_or(&none);
             for (key, value) in self.wanted_flows(interface) {
@@ -555,27 +555,25 @@ impl State {
     /// Takes note of what could not be done, so that it is not tried again before something changes.
     ///
     /// A worker that failed is counted when its process has ended.
-    pub fn failed(&mut self, effect: &Effect, why: String) {
-        match effect {
-            Effect::Attach { interface } | Effect::SetFlow { interface, .. } => {
-                self.interface_failures.insert(interface.clone(), why);
-            }
-            Effect::Join(membership) => {
-                self.join_failures.insert(*membership, why);
-            }
-            Effect::StartWorker { id, .. }
-            | Effect::Steer { id }
-            | Effect::OpenEgress { id, .. }
-            | Effect::UpsertRule { id, .. }
-            | Effect::RemoveRule { id, .. }
-            | Effect::CloseEgress { id, .. } => {
+    pub fn failed(&mut self, effect: &Effect, failure: Failure) {
+        match (effect, failure) {
+            (_, Failure::Worker { id, why }) => {
                 self.actual.workers.entry(id.clone()).or_default().failed = true;
-                let mishaps = self.mishaps.entry(id.clone()).or_default();
+                let mishaps = self.mishaps.entry(id).or_default();
                 mishaps.waiting = true;
                 mishaps.last_exit = Some(why);
             }
+            (Effect::Attach { interface } | Effect::SetFlow { interface, .. }, Failure::Refused(why)) => {
+                self.interface_failures.insert(interface.clone(), why);
+            }
+            (Effect::Join(membership), Failure::Refused(why)) => {
+                self.join_failures.insert(*membership, why);
+            }
+            (Effect::OpenEgress { key, .. }, Failure::Refused(why)) => {
+                self.egress_failures.insert(key.clone(), why);
+            }
             // What cannot be taken back is gone with its interface or its process.
-            undone => self.done(undone),
+            (undone, Failure::Refused(_)) => self.done(undone),
         }
     }
 
