@@ -270,21 +270,3 @@ fn without_a_daemon_every_call_is_3() {
         }
     }
 }
-
-#[test]
-fn an_interface_that_is_not_there_is_waited_for_and_said_in_one_line() {
-    let site = Site::default();
-    let relay = Relay::start(&site);
-    for (name, input, output) in
-        [("ingress", "239.1.1.1:5000@nope0", OUTPUT), ("egress", INPUT, "239.2.2.3:6000@nope0")]
-    {
-        let answer = relay.cli(&["rule", "add", name, "--in", input, "--out", output]);
-        answer.ok();
-        let lines: Vec<_> = answer.stderr.lines().collect();
-        assert!(matches!(lines[..], [line] if line.contains("nope0")), "{answer}");
-        let listed = relay.json::<RuleList>(&["rule", "list"]).rules;
-        let rule = listed.iter().find(|rule| rule.name == name).unwrap();
-        assert_eq!(rule.health, Health::Pending, "{rule:?}");
-        assert!(rule.reason.as_deref().is_some_and(|reason| reason.contains("nope0")), "{rule:?}");
-    }
-}
