@@ -341,7 +341,7 @@ impl Daemon {
         };
         let mut worker = match WorkerProcess::spawn(id, self.ends.clone()) {
             Ok(worker) => worker,
-            Err(error) => return Err(self.worker_failed(id, one_line(&error))),
+            Err(error) => return Err(self.worker_failed(id, &one_line(&error))),
         };
         let sockets = match self.books.ledger(id) {
             Ok(ledger) => worker.set_up(setup, ledger).await.map_err(|error| one_line(&error)),
@@ -355,20 +355,19 @@ impl Daemon {
                 info!(worker = %id, pid, queues = ?spec.queues, cpu = spec.cpu, "worker started");
                 Ok(())
             }
-            Ok(_) => Err(self.worker_failed(id, "it did not hand up its sockets".to_owned())),
-            Err(why) => Err(self.worker_failed(id, why)),
+            Ok(_) => Err(self.worker_failed(id, "it did not hand up its sockets")),
+            Err(why) => Err(self.worker_failed(id, &why)),
         }
     }
 
     /// Ends a worker that is of no use; the end of its process, or this if there is none, has it restarted.
-    fn worker_failed(&mut self, id: &WorkerId, why: String) -> Failure {
-        match self.workers.get(id) {
-            Some(worker) => worker.kill(),
-            None => {
-                let end = End { id: id.clone(), pid: None, why: why.clone(), lived: Duration::ZERO };
-                // Without a receiver the daemon itself is ending.
-                let _ = self.ends.send(end);
-            }
+    fn worker_failed(&mut self, id: &WorkerId, why: &str) -> Failure {
+        if let Some(worker) = self.workers.get(id) {
+            worker.kill();
+        } else {
+            let end = End { id: id.clone(), pid: None, why: why.to_owned(), lived: Duration::ZERO };
+            // Without a receiver the daemon itself is ending.
+            let _ = self.ends.send(end);
         }
         Failure::Worker { id: id.clone(), why: format!("worker {id}: {why}") }
     }
@@ -381,7 +380,7 @@ impl Daemon {
                 Some(program) => program.set_socket(queue, socket.as_fd()).map_err(|error| one_line(&error)),
                 None => Err(format!("{} has no program", id.interface)),
             };
-            set.map_err(|why| self.worker_failed(id, why))?;
+            set.map_err(|why| self.worker_failed(id, &why))?;
         }
         info!(worker = %id, "worker relays");
         Ok(())
@@ -410,7 +409,7 @@ impl Daemon {
             _ => None,
         };
         let Some(worker) = self.workers.get_mut(id) else {
-            return Err(self.worker_failed(id, "it has ended".to_owned()));
+            return Err(self.worker_failed(id, "it has ended"));
         };
         let told = match (effect, &egress) {
             (Effect::OpenEgress { socket, .. }, Some(egress)) => worker.open_egress(*socket, egress).await,
@@ -419,7 +418,7 @@ impl Daemon {
             (Effect::RemoveRule { slot, .. }, _) => worker.remove(slot.0).await,
             _ => Ok(()),
         };
-        told.map_err(|error| self.worker_failed(id, one_line(&error)))
+        told.map_err(|error| self.worker_failed(id, &one_line(&error)))
     }
 }
 

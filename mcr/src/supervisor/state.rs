@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use mcr_common::flow::{FlowKey4, FlowValue};
+use mcr_common::flow::{FlowKey4, FlowValue, action};
 
 use crate::{
     datapath::{self, af_xdp},
@@ -79,6 +79,8 @@ struct Actual {
     flows: BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>,
     memberships: BTreeSet<Membership>,
     workers: BTreeMap<WorkerId, Running>,
+    /// A flow was deleted, and nobody has waited yet for the programs that may still act on it.
+    barrier_due: bool,
 }
 
 /// What is wrong with an output now, if anything.
@@ -92,6 +94,7 @@ pub struct State {
     actual: Actual,
     /// Interfaces on which something failed, and why; cleared when they change.
     interface_failures: BTreeMap<InterfaceName, String>,
+    flow_failures: BTreeMap<InterfaceName, BTreeMap<FlowKey4, String>>,
     join_failures: BTreeMap<Membership, String>,
     egress_failures: BTreeMap<EgressKey, String>,
     mishaps: BTreeMap<WorkerId, Mishaps>,
@@ -111,6 +114,7 @@ impl State {
             links: Links::new(),
             actual: Actual::default(),
             interface_failures: BTreeMap::new(),
+            flow_failures: BTreeMap::new(),
             join_failures: BTreeMap::new(),
             egress_failures: BTreeMap::new(),
             mishaps: BTreeMap::new(),
@@ -154,11 +158,15 @@ impl State {
     }
 
     pub fn amend(&mut self, name: &str, amendment: Amendment) -> Result<Change, Refusal> {
+        self.egress_failures.clear();
         self.rules.amend(name, amendment)
     }
 
     pub fn remove(&mut self, name: &str) -> Result<Entry, Refusal> {
-        self.rules.remove(name)
+        let entry = self.rules.remove(name)?;
+        // There is room for another flow.
+        self.flow_failures.remove(&entry.rule.input.interface);
+        Ok(entry)
     }
 
     /// Takes note of an event; what follows from it is in the next plan, but for what is answered here.
@@ -167,6 +175,7 @@ impl State {
             Event::Links(links) => {
                 let old = std::mem::replace(&mut self.links, links);
                 self.interface_failures.retain(|name, _| old.get(name) == self.links.get(name));
+                self.flow_failures.retain(|name, _| old.get(name) == self.links.get(name));
                 self.join_failures.clear();
                 self.egress_failures.clear();
             }
@@ -202,27 +211,36 @@ impl State {
 
     fn forget_failures(&mut self, interface: &InterfaceName) {
         self.interface_failures.remove(interface);
+        self.flow_failures.remove(interface);
         self.join_failures.clear();
         self.egress_failures.clear();
     }
 
     /// What to do next, in this order. Empty when all is as it is wanted.
     ///
-    /// Flows go first and come last: a frame is steered only while everything behind it stands.
+    /// Flows that steer go first and come last: a frame is steered only while everything behind it
+    /// stands. Flows that bar a loop come first and go last: it is barred as long as it could be sent.
     pub fn plan(&mut self) -> Vec<Effect> {
         let mut effects = Vec::new();
         self.plan_lost_interfaces(&mut effects);
-        self.plan_flow_removals(&mut effects);
+        if !effects.is_empty() {
+            // Flows and workers go with them: the rest is planned without.
+            return effects;
+        }
+        self.plan_flow_removals(action::STEER, &mut effects);
         self.plan_rule_removals(&mut effects);
         self.plan_leaves(&mut effects);
         if self.stopping {
+            self.plan_flow_removals(action::LOOP, &mut effects);
             self.plan_end(&mut effects);
             return effects;
         }
         self.plan_attachments(&mut effects);
+        self.plan_flows(action::LOOP, &mut effects);
         self.plan_workers(&mut effects);
         self.plan_joins(&mut effects);
-        self.plan_flows(&mut effects);
+        self.plan_flows(action::STEER, &mut effects);
+        self.plan_flow_removals(action::LOOP, &mut effects);
         effects
     }
 
@@ -241,14 +259,18 @@ impl State {
         self.actual.workers.keys().filter(move |id| id.interface == *interface)
     }
 
-    fn plan_flow_removals(&self, effects: &mut Vec<Effect>) {
+    /// Takes out the flows of an action.
+    fn plan_flow_removals(&self, action: u32, effects: &mut Vec<Effect>) {
         let before = effects.len();
         for (interface, flows) in &self.actual.flows {
             let wanted = self.wanted_flows(interface);
-            let unwanted = flows.keys().filter(|key| !wanted.contains_key(*key));
-            effects.extend(unwanted.map(|&key| Effect::DeleteFlow { interface: interface.clone(), key }));
+            for (&key, value) in flows {
+                if value.action == action && !wanted.contains_key(&key) {
+                    effects.push(Effect::DeleteFlow { interface: interface.clone(), key });
+                }
+            }
         }
-        if effects.len() > before {
+        if effects.len() > before || self.actual.barrier_due {
             effects.push(Effect::Barrier);
         }
     }
@@ -257,6 +279,19 @@ impl State {
         if self.stopping || !self.serves(interface) {
             return BTreeMap::new();
         }
+        let mut flows = self.all_flows(interface);
+        if let Some(failures) = self.flow_failures.get(interface) {
+            // A rule whose loops cannot be barred gets nothing either.
+            let failed: BTreeSet<_> =
+                failures.keys().filter_map(|key| flows.get(key)).map(|flow| flow.rule).collect();
+            let steered = |flow: &FlowValue| flow.action == action::STEER && failed.contains(&flow.rule);
+            flows.retain(|key, flow| !failures.contains_key(key) && !steered(flow));
+        }
+        flows
+    }
+
+    /// The flows of an interface if none had failed.
+    fn all_flows(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
         let source = |output: &Output| self.route(output).ok().map(|(route, _)| route.source);
         self.rules.flows(interface, source)
     }
@@ -316,11 +351,12 @@ impl State {
         );
     }
 
-    /// Interfaces that rules come in on, that exist, and on which nothing has failed.
+    /// Interfaces that rules come in on or came in on, that exist, and on which nothing has failed.
     fn wanted_interfaces(&self) -> BTreeMap<&InterfaceName, &Link> {
         self.rules
             .iter()
             .map(|entry| &entry.rule.input.interface)
+            .chain(self.actual.attached.keys())
             .filter(|interface| !self.interface_failures.contains_key(*interface))
             .filter_map(|interface| Some((interface, self.links.get(interface)?)))
             .collect()
@@ -347,7 +383,12 @@ impl State {
             .map(|(interface, link)| (interface.clone(), link.clone()))
             .collect();
         for (interface, link) in wanted {
-            for (id, spec) in self.wanted_workers(&interface, &link) {
+            let workers = self.wanted_workers(&interface, &link);
+            if !workers.is_empty() {
+                let surplus = self.workers_of(&interface).filter(|id| id.index as usize >= workers.len());
+                effects.extend(surplus.map(|id| Effect::StopWorker { id: id.clone() }));
+            }
+            for (id, spec) in workers {
                 match self.actual.workers.get(&id) {
                     None if !self.mishaps(&id).waiting => {
                         effects.push(Effect::StartWorker { id: id.clone(), spec });
@@ -489,13 +530,14 @@ impl State {
         self.links.values().any(|link| link.addresses.contains(&address))
     }
 
-    fn plan_flows(&self, effects: &mut Vec<Effect>) {
+    /// Sets the flows of an action.
+    fn plan_flows(&self, action: u32, effects: &mut Vec<Effect>) {
         let interfaces: BTreeSet<_> = self.rules.iter().map(|entry| &entry.rule.input.interface).collect();
-        for interface in interfaces.into_iter().filter(|name| !self.interface_failures.contains_key(*name)) {
+        for interface in interfaces {
             let none = BTreeMap::new();
             let flows = self.actual.flows.get(interface).unwrap_or(&none);
             for (key, value) in self.wanted_flows(interface) {
-                if flows.get(&key) != Some(&value) {
+                if value.action == action && flows.get(&key) != Some(&value) {
                     effects.push(Effect::SetFlow { interface: interface.clone(), key, value });
                 }
             }
@@ -523,6 +565,10 @@ impl State {
             }
             Effect::StopWorker { id } => {
                 actual.workers.remove(id);
+                // The end of a worker that was to end is told to nobody: no restart is on its way.
+                if let Some(mishaps) = self.mishaps.get_mut(id) {
+                    mishaps.waiting = false;
+                }
             }
             Effect::OpenEgress { id, socket, .. } => {
                 actual.workers.entry(id.clone()).or_default().egress.insert(*socket);
@@ -541,6 +587,7 @@ impl State {
             }
             Effect::DeleteFlow { interface, key } => {
                 actual.flows.entry(interface.clone()).or_default().remove(key);
+                actual.barrier_due = true;
             }
             Effect::Join(membership) => {
                 actual.memberships.insert(*membership);
@@ -548,7 +595,8 @@ impl State {
             Effect::Leave(membership) => {
                 actual.memberships.remove(membership);
             }
-            Effect::RestartAfter { .. } | Effect::Barrier => {}
+            Effect::Barrier => actual.barrier_due = false,
+            Effect::RestartAfter { .. } => {}
         }
     }
 
@@ -563,8 +611,11 @@ impl State {
                 mishaps.waiting = true;
                 mishaps.last_exit = Some(why);
             }
-            (Effect::Attach { interface } | Effect::SetFlow { interface, .. }, Failure::Refused(why)) => {
+            (Effect::Attach { interface }, Failure::Refused(why)) => {
                 self.interface_failures.insert(interface.clone(), why);
+            }
+            (Effect::SetFlow { interface, key, .. }, Failure::Refused(why)) => {
+                self.flow_failures.entry(interface.clone()).or_default().insert(*key, why);
             }
             (Effect::Join(membership), Failure::Refused(why)) => {
                 self.join_failures.insert(*membership, why);
@@ -598,11 +649,21 @@ impl State {
 
     /// Why a rule cannot relay now, if it cannot.
     pub fn rule_problem(&self, entry: &Entry) -> Option<(Problem, String)> {
-        self.interface_problem(&entry.rule.input.interface).or_else(|| {
-            let membership = self.membership(entry)?;
-            let why = self.join_failures.get(&membership)?;
-            Some((Problem::Failed, why.clone()))
-        })
+        let failure = || self.join_failure(entry).or_else(|| self.flow_failure(entry));
+        self.interface_problem(&entry.rule.input.interface)
+            .or_else(|| failure().map(|why| (Problem::Failed, why.clone())))
+    }
+
+    fn join_failure(&self, entry: &Entry) -> Option<&String> {
+        self.join_failures.get(&self.membership(entry)?)
+    }
+
+    fn flow_failure(&self, entry: &Entry) -> Option<&String> {
+        let interface = &entry.rule.input.interface;
+        let failures = self.flow_failures.get(interface)?;
+        let flows = self.all_flows(interface);
+        let its = |key: &FlowKey4| flows.get(key).is_some_and(|flow| flow.rule == entry.slot.0);
+        failures.iter().find(|(key, _)| its(key)).map(|(_, why)| why)
     }
 
     /// What an output waits for, if it waits.

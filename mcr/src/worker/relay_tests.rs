@@ -412,6 +412,20 @@ fn a_run_takes_the_route_of_its_output() {
     assert_eq!(sent.iter().map(|run| run.port).collect::<Vec<_>>(), [1, 2]);
 }
 
+#[test]
+fn an_output_that_is_to_send_singly_does_until_its_rule_comes_anew() {
+    let rules = || [rule(0, to_group(1), vec![output(0), output(1)]), rule(1, to_group(2), vec![output(2)])];
+    let mut worker = Worker::new(rules());
+    worker.table.send_singly(OutputSlot(1));
+    let given = [1, 2, 1, 2].map(|group| Given { group, ..GIVEN });
+    let lens = |sent: Vec<Sent>| -> Vec<_> { sent.iter().map(|run| (run.output, run.sizes.len())).collect() };
+    assert_eq!(lens(worker.relay(&given, NOW).0), [(0, 2), (1, 1), (1, 1), (2, 2)]);
+    for rule in rules() {
+        worker.table.upsert(rule);
+    }
+    assert_eq!(lens(worker.relay(&given, NOW).0), [(0, 2), (1, 2), (2, 2)]);
+}
+
 fn any_output() -> impl Strategy<Value = CompiledOutput> {
     let ttl = prop_oneof![Just(Ttl::Fixed(16)), Just(Ttl::Copy), Just(Ttl::Decrement)];
     let max_run = prop_oneof![Just(1), Just(2), Just(64), Just(128)];
