@@ -32,6 +32,8 @@ const fn need(package: &'static str, probe: Probe) -> Need {
 const BUILD: &[Need] = &[
     need("gcc", Probe::Program("gcc")),
     need("clang", Probe::Program("clang")),
+    // For llc, which the build of libxdp looks for.
+    need("llvm", Probe::Program("llc")),
     need("libclang-dev", Probe::SharedLibrary("libclang")),
     need("libelf-dev", Probe::PkgConfig("libelf")),
     need("zlib1g-dev", Probe::PkgConfig("zlib")),

@@ -19,7 +19,7 @@ const LINKER_VERSION: &str = "0.13.0";
 const LINKER_LLVMS: [u32; 3] = [21, 22, 23];
 
 /// Rust that reads the workspace's manifests (edition 2024, `rust-version`).
-const OLDEST_MINOR: u32 = 88;
+const OLDEST_MINOR: u32 = 92;
 
 /// Debian's compiler for its browsers: new, and packaged with its source.
 const DEBIAN_COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
