@@ -120,11 +120,11 @@ pub fn parse(frame: &impl Bytes) -> Result<Datagram, Reject> {
     if total_len < IPV4_LEN + UDP_LEN {
         return Err(Reject::Malformed);
     }
+    let udp: [u8; UDP_LEN] = frame.at(ETHERNET_LEN + IPV4_LEN).ok_or(Reject::Truncated)?;
     if ETHERNET_LEN + total_len > frame.length() {
         return Err(Reject::Truncated);
     }
 
-    let udp: [u8; UDP_LEN] = frame.at(ETHERNET_LEN + IPV4_LEN).ok_or(Reject::Truncated)?;
     let udp_len = u16::from_be_bytes([udp[4], udp[5]]) as usize;
     if udp_len < UDP_LEN || udp_len > total_len - IPV4_LEN {
         return Err(Reject::Malformed);

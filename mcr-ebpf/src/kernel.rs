@@ -2,6 +2,7 @@
 
 use aya_ebpf::{
     btf_maps::{HashMap, PerCpuArray},
+    helpers::bpf_xdp_get_buff_len,
     programs::XdpContext,
 };
 use mcr_common::{
@@ -10,22 +11,25 @@ use mcr_common::{
 };
 
 /// A frame in packet memory.
-pub struct Frame {
+pub struct Frame<'a> {
+    ctx: &'a XdpContext,
     start: usize,
     end: usize,
 }
 
-impl Frame {
+impl<'a> Frame<'a> {
     #[inline(always)]
-    pub fn new(ctx: &XdpContext) -> Self {
-        Self { start: ctx.data(), end: ctx.data_end() }
+    pub fn new(ctx: &'a XdpContext) -> Self {
+        Self { ctx, start: ctx.data(), end: ctx.data_end() }
     }
 }
 
-impl Bytes for Frame {
+impl Bytes for Frame<'_> {
+    /// By the kernel's word: computing it from packet pointers would take CAP_PERFMON.
     #[inline(always)]
     fn length(&self) -> usize {
-        self.end - self.start
+        // SAFETY: the context is the program's own.
+        unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
     }
 
     #[inline(always)]

@@ -24,7 +24,10 @@ use mcr_common::{
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use thiserror::Error;
 
-use crate::rule::{IfIndex, InterfaceName, QueueId, RuleSlot};
+use crate::{
+    rule::{IfIndex, InterfaceName, QueueId, RuleSlot},
+    ruleset::OUTPUTS_PER_RULE,
+};
 
 /// Built by `cargo xtask build-ebpf`.
 static EMBEDDED: &[u8] = aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/bpf/mcr.bpf.o"));
@@ -59,8 +62,8 @@ pub enum AttachError {
         "XDP on {interface} was refused for want of a capability: run mcr with CAP_BPF and CAP_NET_ADMIN"
     )]
     Permission { interface: InterfaceName },
-    #[error("the XDP program cannot be loaded for {interface}: {source}")]
-    Load { interface: InterfaceName, source: Box<EbpfError> },
+    #[error("the XDP program cannot be loaded for {interface}: {why}")]
+    Load { interface: InterfaceName, why: String },
     #[error("the XDP program cannot be attached to {interface}: {source}")]
     Attach { interface: InterfaceName, source: io::Error },
     #[error("{path} cannot be pinned: {why}; is a bpffs mounted there?")]
@@ -164,10 +167,10 @@ impl Steering {
     pub fn attach(object: &Object, placement: &Placement<'_>) -> Result<Self, AttachError> {
         let interface = placement.interface;
         let load =
-            |source: EbpfError| AttachError::Load { interface: interface.clone(), source: Box::new(source) };
+            |error: EbpfError| AttachError::Load { interface: interface.clone(), why: last_words(&error) };
         let mut ebpf = EbpfLoader::new()
-            // Both slots of (S,G) loops may join a rule's own flow.
-            .map_max_entries(map::FLOWS_V4, 2 * placement.max_rules)
+            // A flow for each rule, and for each output that feeds one: its loop.
+            .map_max_entries(map::FLOWS_V4, (1 + OUTPUTS_PER_RULE) * placement.max_rules)
             .map_max_entries(map::RULES, placement.max_rules)
             .map_max_entries(map::SOCKETS, placement.queues)
             .map_max_entries(map::QUEUES, placement.queues)
@@ -340,6 +343,15 @@ fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
         cause = error.source();
     }
     None
+}
+
+/// What went wrong with a load, without the verifier's log.
+pub fn last_words(error: &EbpfError) -> String {
+    let cause = errno(error).map(io::Error::from_raw_os_error);
+    cause.map_or_else(
+        || error.to_string().lines().next().unwrap_or_default().to_owned(),
+        |cause| cause.to_string(),
+    )
 }
 
 /// Name and id of a program, as `bpftool prog` shows them.

@@ -61,7 +61,9 @@ pub enum Refusal {
     UnknownOutput { name: RuleName, output: String },
     #[error("rule '{name}' would be left without an output: remove it with `mcr rule remove {name}`")]
     LastOutput { name: RuleName },
-    #[error("there are {limit} {what} already: start the daemon with a larger --max-rules")]
+    #[error(
+        "there is room for {limit} {what} and not for these too: start the daemon with a larger --max-rules"
+    )]
     Full { what: &'static str, limit: u32 },
 }
 
@@ -361,6 +363,12 @@ fn difference(known: &Rule, new: &Rule) -> Option<String> {
     }
     if known.datapath != new.datapath {
         parts.push(format!("its datapath ({} instead of {})", known.datapath, new.datapath));
+    }
+    if new.merge && !known.merge {
+        parts.push("--merge".to_owned());
+    }
+    if new.link_local && !known.link_local {
+        parts.push("--link-local".to_owned());
     }
     (!parts.is_empty()).then(|| parts.join(" and "))
 }

@@ -400,8 +400,10 @@ fn slots_that_were_given_back_are_used_again_lowest_first() {
 
 #[test]
 fn a_full_set_refuses_and_loses_no_slot_by_it() {
-    let full_rules = "there are 2 rules already: start the daemon with a larger --max-rules";
-    let full_outputs = "there are 8 outputs already: start the daemon with a larger --max-rules";
+    let full_rules =
+        "there is room for 2 rules and not for these too: start the daemon with a larger --max-rules";
+    let full_outputs =
+        "there is room for 8 outputs and not for these too: start the daemon with a larger --max-rules";
     let mut set = RuleSet::new(2);
     let some = |name: &str, group: u8, outputs: u8| {
         let outputs: Vec<_> = (1..=outputs).map(|n| format!("239.2.{group}.{n}:1@eth1")).collect();

@@ -49,8 +49,13 @@ impl<'a> Relay<'a> {
     /// As [`Self::start`], with further arguments of `mcr run`.
     #[track_caller]
     pub fn start_with(site: &'a Site, args: &[&str]) -> Self {
-        let mut command = Self::command(site);
-        let daemon = Process::spawn(command.args(args));
+        Self::spawn(site, Self::command(site).args(args))
+    }
+
+    /// As [`Self::start`], by a command made from [`Self::command`].
+    #[track_caller]
+    pub fn spawn(site: &'a Site, command: &mut Command) -> Self {
+        let daemon = Process::spawn(command);
         let mut relay = Self {
             namespace: &site.relay,
             pin_root: site.scratch.pin_root().to_owned(),

@@ -8,13 +8,15 @@ use std::{
 
 use mcr_common::abi;
 use tests::{
-    Process, Relay, Site,
+    Process, Relay, Site, Source,
     bpf::{self, FOREIGN_NAME, ForeignXdp},
     relay::{CALL, binary},
+    source::Stream,
 };
 
 const CAP_NET_ADMIN: libc::c_ulong = 12;
 const CAP_NET_RAW: libc::c_ulong = 13;
+const CAP_IPC_LOCK: libc::c_ulong = 14;
 const CAP_SYS_ADMIN: libc::c_ulong = 21;
 const CAP_BPF: libc::c_ulong = 39;
 
@@ -101,6 +103,37 @@ fn a_missing_capability_is_named() {
         without_capabilities(&mut command, capabilities);
         check(&site, &mut command, &[name]);
     }
+}
+
+/// `CAP_PERFMON` is among those taken away: without it the verifier is at its strictest.
+#[test]
+fn the_documented_capabilities_suffice() {
+    const NEEDED: [libc::c_ulong; 4] = [CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_BPF];
+    const LAST: libc::c_ulong = 40;
+    const OTHERS: &[libc::c_ulong] = &{
+        let mut others = [0; LAST as usize + 1 - NEEDED.len()];
+        let (mut capability, mut place) = (0, 0);
+        while capability <= LAST {
+            if capability != NEEDED[0]
+                && capability != NEEDED[1]
+                && capability != NEEDED[2]
+                && capability != NEEDED[3]
+            {
+                others[place] = capability;
+                place += 1;
+            }
+            capability += 1;
+        }
+        others
+    };
+    let site = Site::default();
+    let mut command = Relay::command(&site);
+    without_capabilities(&mut command, OTHERS);
+    let relay = Relay::spawn(&site, &mut command);
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    site.segments[0].wait_until_joined("239.1.1.1".parse().unwrap());
+    Source::play(site.source(), Stream { count: 1_000, ..Stream::to("239.1.1.1:5000".parse().unwrap()) });
+    assert_eq!(relay.balanced("cam1", 1_000).outputs[0].sent, 1_000);
 }
 
 #[test]

@@ -239,6 +239,10 @@ pub struct OutputStats {
     pub sent: u64,
     pub sent_bytes: u64,
     pub sent_pps: f64,
+    /// Sends repeated because the kernel reported on them that a host refused or could not be sent an
+    /// earlier datagram.
+    #[serde(default)]
+    pub retried: u64,
     /// By reason; reasons without a drop are absent.
     pub dropped: BTreeMap<String, u64>,
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{remote::Remote, text};
+use super::remote::Remote;
 use crate::api::wire::{Pong, Request};
 
 /// Ask whether the daemon answers
@@ -18,8 +18,8 @@ impl Args {
         let pong: Pong = self.remote.call(&Request::Ping)?;
         let took = start.elapsed();
         self.remote.show(&pong, |pong, _| {
-            let took = text::si(took.as_secs_f64() * 1e6, "µs");
-            format!("mcr {} answers (pid {}, {took})\n", pong.version, pong.pid)
+            let took = took.as_secs_f64() * 1e3;
+            format!("mcr {} answers (pid {}, {took:.1} ms)\n", pong.version, pong.pid)
         })
     }
 }

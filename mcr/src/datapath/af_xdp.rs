@@ -41,9 +41,14 @@ pub fn default_workers(queues: u32, cpus: u32) -> u32 {
     queues.min(4).min(cpus).max(1)
 }
 
-/// The queues of each worker: queue `n` belongs to worker `n mod workers`.
+/// Queues that one worker may serve.
+pub const MAX_QUEUES: u32 = 64;
+
+/// The queues of each worker: queue `n` belongs to worker `n mod workers`. There are more workers than asked
+/// for where one would have too many.
 pub fn share_queues(queues: u32, workers: u32) -> Vec<Vec<u32>> {
-    let workers = workers.clamp(1, queues.max(1));
+    let least = queues.div_ceil(MAX_QUEUES).max(1);
+    let workers = workers.clamp(least, queues.max(least));
     (0..workers).map(|worker| (worker..queues).step_by(workers as usize).collect()).collect()
 }
 
@@ -75,6 +80,9 @@ mod tests {
                 all.sort_unstable();
                 assert_eq!(all, (0..queues).collect::<Vec<_>>(), "{queues} queues, {workers} workers");
                 assert!(share_queues(queues, workers).iter().all(|share| !share.is_empty()));
+                assert!(
+                    share_queues(70 * queues, workers).iter().all(|share| share.len() <= MAX_QUEUES as usize)
+                );
             }
         }
     }

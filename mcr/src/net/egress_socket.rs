@@ -26,6 +26,8 @@ pub struct EgressKey {
     pub source_port: u16,
     /// Whether this host's own listeners receive what is sent.
     pub loop_back: bool,
+    /// Whether hosts are sent to, and not groups: their ICMP errors would be told to the groups' sends.
+    pub unicast: bool,
 }
 
 /// Makes the socket of a worker. TTL, TOS, source address and segment size come with every message.

@@ -194,6 +194,10 @@ impl FromStr for Output {
             let why = format!("{} is neither a group nor a host", place.address);
             return Err(malformed(text, why, OUTPUT_FORM));
         }
+        if place.address.is_loopback() && place.interface.as_str() != "lo" {
+            let why = format!("{} is this host itself, reached by lo alone", place.address);
+            return Err(malformed(text, why, OUTPUT_FORM));
+        }
         let mut output = Self {
             destination: place.address,
             port: place.port,

@@ -88,11 +88,7 @@ impl Daemon {
 
     /// Interfaces that a program is or was attached to.
     fn interfaces(&self) -> BTreeSet<InterfaceName> {
-        self.programs
-            .keys()
-            .cloned()
-            .chain(self.state.worker_ids().into_iter().map(|id| id.interface))
-            .collect()
+        self.programs.keys().cloned().chain(self.books.interfaces()).collect()
     }
 
     fn rule_stats(&self, entry: &Entry) -> RuleStats {
@@ -123,6 +119,7 @@ impl Daemon {
             sent: totals.sent,
             sent_bytes: totals.sent_bytes,
             sent_pps: self.books.output_rates.get(&slot),
+            retried: totals.retried,
             dropped: nonzero(reasons.zip(totals.dropped)),
         }
     }

@@ -39,6 +39,7 @@ pub struct OutputTotals {
     pub received: u64,
     pub sent: u64,
     pub sent_bytes: u64,
+    pub retried: u64,
     pub dropped: [u64; DropReason::ALL.len()],
 }
 
@@ -189,6 +190,7 @@ impl Books {
             received: raw.received - base.received,
             sent: raw.sent - base.sent,
             sent_bytes: raw.sent_bytes - base.sent_bytes,
+            retried: raw.retried - base.retried,
             dropped: std::array::from_fn(|reason| raw.dropped[reason] - base.dropped[reason]),
         }
     }
@@ -200,6 +202,7 @@ impl Books {
             totals.received += counters.received.get();
             totals.sent += counters.sent.get();
             totals.sent_bytes += counters.sent_bytes.get();
+            totals.retried += counters.retried.get();
             for (total, counter) in totals.dropped.iter_mut().zip(&counters.dropped) {
                 *total += counter.get();
             }
@@ -230,6 +233,11 @@ impl Books {
             }
         }
         totals
+    }
+
+    /// Interfaces of which something was counted.
+    pub fn interfaces(&self) -> impl Iterator<Item = InterfaceName> + '_ {
+        self.ledgers.keys().map(|id| id.interface.clone()).chain(self.former_verdicts.keys().cloned())
     }
 
     /// Frames that a worker took out of its sockets.

@@ -74,8 +74,12 @@ pub fn check_io_uring() -> anyhow::Result<()> {
 /// Loads the program as every interface will, without attaching it.
 pub fn check_bpf(object: &Object) -> anyhow::Result<()> {
     let Err(error) = object.rehearse() else { return Ok(()) };
-    let why = super::run::one_line(&error);
-    bail!("the XDP program cannot be loaded: {why}; mcr needs {LEAST_KERNEL} with bpf() allowed and CAP_BPF")
+    // The verifier says what it did line by line, and last what it missed.
+    tracing::debug!("{}", super::run::one_line(&error));
+    let why = crate::ebpf::last_words(&error);
+    bail!(
+        "the XDP program cannot be loaded ({why}): mcr needs {LEAST_KERNEL} with bpf() allowed, and CAP_BPF"
+    )
 }
 
 /// Claims this network namespace under a pin root, mounts a bpffs if there is none, and clears what a

@@ -1,7 +1,7 @@
 //! The supervisor's loop: carries out what [`State`] plans, with real descriptors, processes and clocks.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     os::fd::AsFd,
     path::PathBuf,
     sync::Arc,
@@ -25,7 +25,7 @@ use crate::{
     ebpf::{self, Object, Placement, Steering},
     net::{
         egress_socket::{self, SourcePort},
-        links::LinkWatch,
+        links::{LinkWatch, Links},
         membership::Memberships,
     },
     rule::{InterfaceName, QueueId},
@@ -44,9 +44,6 @@ use crate::{
 
 /// Calls that wait for the supervisor.
 const CALLS: usize = 256;
-
-/// Queues that one worker may serve.
-const MAX_QUEUES: u32 = 64;
 
 /// Everything that the supervisor owns.
 pub struct Daemon {
@@ -93,8 +90,11 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         cpus,
         source_port: source_port.get(),
     };
-    let layout =
-        Layout { queues: MAX_QUEUES, rules: limits.max_rules, outputs: limits.max_rules * OUTPUTS_PER_RULE };
+    let layout = Layout {
+        queues: af_xdp::MAX_QUEUES,
+        rules: limits.max_rules,
+        outputs: limits.max_rules * OUTPUTS_PER_RULE,
+    };
     let (events, incoming) = mpsc::unbounded_channel();
     let (ends, ended) = mpsc::unbounded_channel();
     let mut daemon = Daemon {
@@ -192,10 +192,37 @@ impl Daemon {
         match watch.snapshot().await {
             Ok(links) => {
                 if links != *self.state.links() {
+                    self.log_changes(&links);
                     self.take(Event::Links(links)).await;
                 }
             }
             Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
+        }
+    }
+
+    /// Says what has changed of the interfaces that rules name.
+    fn log_changes(&self, now: &Links) {
+        let rules = self.state.rules().iter().map(|entry| &entry.rule);
+        let named = rules.flat_map(|rule| {
+            rule.outputs.iter().map(|output| &output.interface).chain([&rule.input.interface])
+        });
+        let before = self.state.links();
+        for interface in named.collect::<BTreeSet<_>>() {
+            match (before.get(interface), now.get(interface)) {
+                (Some(_), None) => warn!(%interface, "interface is gone"),
+                (None, Some(_)) => info!(%interface, "interface is there"),
+                (Some(before), Some(now)) if before.up != now.up && now.up => {
+                    info!(%interface, "interface is up");
+                }
+                (Some(before), Some(now)) if before.up != now.up => warn!(%interface, "interface is down"),
+                (Some(before), Some(now)) if before.addresses != now.addresses => {
+                    info!(%interface, addresses = ?now.addresses, "addresses changed");
+                }
+                (Some(before), Some(now)) if before.mtu != now.mtu => {
+                    info!(%interface, mtu = now.mtu, "MTU changed");
+                }
+                _ => {}
+            }
         }
     }
 
@@ -308,7 +335,7 @@ impl Daemon {
             index: link.index,
             kind: &link.kind,
             mtu: link.mtu,
-            queues: link.rx_queues.max(MAX_QUEUES),
+            queues: link.rx_queues.max(af_xdp::MAX_QUEUES),
             max_rules: self.settings.max_rules,
             pins: self.pins.join(interface.as_str()),
             occupant: link.xdp_program,

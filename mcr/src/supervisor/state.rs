@@ -511,6 +511,7 @@ impl State {
             index: link.index,
             source_port: output.from.and_then(|from| from.port).unwrap_or(self.limits.source_port),
             loop_back: output.loop_back,
+            unicast: !output.destination.is_multicast(),
         };
         if let Some(why) = self.egress_failures.get(&key) {
             return Err(why.clone());
@@ -639,11 +640,19 @@ impl State {
         if !link.up {
             return Some((Problem::Waits, format!("interface {interface} is down")));
         }
+        if let Err(error) = af_xdp::chunk_bytes(link.mtu) {
+            return Some((Problem::Failed, format!("{interface}: {error}")));
+        }
         let restarting =
             self.mishaps.iter().find(|(id, mishaps)| id.interface == *interface && mishaps.waiting);
-        restarting.map(|(id, mishaps)| {
+        let restarting = restarting.map(|(id, mishaps)| {
             let why = mishaps.last_exit.clone().unwrap_or_default();
             (Problem::Waits, format!("worker {id} is being restarted: {why}"))
+        });
+        restarting.or_else(|| {
+            let relays = |id: &WorkerId| self.actual.workers[id].steered && !self.actual.workers[id].failed;
+            let waits = !self.workers_of(interface).any(relays);
+            waits.then(|| (Problem::Waits, format!("no worker relays from {interface} yet")))
         })
     }
 

@@ -149,7 +149,10 @@ impl WorkerProcess {
     }
 
     pub fn kill(&self) {
-        // A process that has ended needs no killing.
+        // Once it is reaped its number may be another's; the reaper notes the end before anything else runs.
+        if *self.ended.borrow() {
+            return;
+        }
         let _ = kill(Pid::from_raw(self.pid as i32), Signal::SIGKILL);
     }
 

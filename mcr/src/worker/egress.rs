@@ -197,7 +197,9 @@ impl UringEgress {
     /// Sends all that is prepared, and counts it. The payloads are free when it returns.
     pub fn flush(&mut self, ledger: &Ledger) -> io::Result<()> {
         self.send_all(ledger)?;
-        while let Some(run) = self.split.pop() {
+        // In the order in which they were refused. A single datagram is never refused as a run.
+        for index in 0..self.split.len() {
+            let run = self.split[index];
             self.used = run.message.msg_iovlen;
             for place in 0..self.used {
                 // SAFETY: the payloads are the batch's, which outlives the flush.
@@ -205,6 +207,7 @@ impl UringEgress {
             }
             self.send_all(ledger)?;
         }
+        self.split.clear();
         Ok(())
     }
 
@@ -327,7 +330,7 @@ fn drop_reason(errno: i32) -> DropReason {
             DropReason::Unreachable
         }
         libc::ENETDOWN | libc::ENODEV | libc::ENXIO => DropReason::Pending,
-        libc::EPERM | libc::EACCES => DropReason::Filtered,
+        libc::EPERM => DropReason::Filtered,
         _ => DropReason::SendFailed,
     }
 }
