@@ -43,11 +43,10 @@ const BUILD: &[Need] = &[
     need("pkg-config", Probe::Program("pkg-config")),
 ];
 
-/// What the tests and the demo call: ip, bridge, tc, bpftool, nft, sysctl.
+/// What the tests and the demo call: ip, bridge, bpftool, sysctl.
 const TEST: &[Need] = &[
     need("iproute2", Probe::Program("ip")),
     need("bpftool", Probe::Program("bpftool")),
-    need("nftables", Probe::Program("nft")),
     need("procps", Probe::Program("sysctl")),
 ];
 
@@ -63,7 +62,7 @@ pub fn build() -> Result<()> {
 
 /// What running the tests and the demo needs.
 pub fn test() -> Result<()> {
-    ensure("running mcr's tests", TEST)
+    ensure("running mcr's tests and demo", TEST)
 }
 
 fn ensure(purpose: &str, needs: &[Need]) -> Result<()> {
