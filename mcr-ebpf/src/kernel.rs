@@ -25,7 +25,7 @@ impl<'a> Frame<'a> {
 }
 
 impl Bytes for Frame<'_> {
-    /// By the kernel's word: computing it from packet pointers would take CAP_PERFMON.
+    /// By the kernel's word: computing it from packet pointers would take `CAP_PERFMON`.
     #[inline(always)]
     fn length(&self) -> usize {
         // SAFETY: the context is the program's own.
