@@ -104,7 +104,10 @@ fn run_all(
             chosen.push(test);
         }
     }
-    let Some((last, others)) = chosen.split_last() else { bail!("there is no such test") };
+    let Some((last, others)) = chosen.split_last() else {
+        let args: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
+        bail!("no test is chosen by `{}`: give a part of a test's name", args.join(" "));
+    };
     for test in others {
         let summary = run_one(test, args, variables, &mut outcome)?;
         print!("{summary}");
