@@ -129,7 +129,10 @@ fn usage_is_status_2() {
 #[test]
 fn a_socket_path_too_long_is_refused() {
     let line = refused(&mut mcr(Path::new(&format!("/tmp/{}", "x".repeat(103))), "ping"), 1);
-    assert!(line.contains("has 108 bytes and the kernel takes 107: choose another with --control"), "{line}");
+    assert!(
+        line.contains("is too long (108 bytes, the kernel takes 107): choose another with --control"),
+        "{line}"
+    );
 }
 
 #[test]
