@@ -288,28 +288,18 @@ impl RuleSet {
         interface: &InterfaceName,
         source: impl Fn(&Output) -> Option<Ipv4Addr>,
     ) -> BTreeMap<FlowKey4, FlowValue> {
-        let ours: Vec<_> = self.iter().filter(|entry| entry.rule.input.interface == *interface).collect();
-        let mut flows: BTreeMap<_, _> = ours
-            .iter()
-            .map(|entry| (key(&entry.rule.input), FlowValue { rule: entry.slot.0, action: action::STEER }))
-            .collect();
+        let ours = self.iter().filter(|entry| entry.rule.input.interface == *interface);
+        let steered = |entry: &Entry| FlowValue { rule: entry.slot.0, action: action::STEER };
+        let mut flows: BTreeMap<_, _> = ours.map(|entry| (key(&entry.rule.input), steered(entry))).collect();
         for output in self.iter().flat_map(|entry| &entry.rule.outputs) {
             let Some(source) = source(output) else { continue };
-            let fed = |entry: &&&Entry| {
-                let input = &entry.rule.input;
-                (input.group, input.port) == (output.destination, output.port)
-                    && input.source.is_none_or(|wanted| wanted == source)
-            };
+            let (group, port) = (output.destination.octets(), output.port.to_be_bytes());
+            let own = FlowKey4::source_group(source.octets(), group, port);
             // The rule for the source goes before the one for any source, here as in the data path.
-            let Some(entry) = ours.iter().filter(fed).max_by_key(|entry| entry.rule.input.source) else {
-                continue;
-            };
-            let own = FlowKey4::source_group(
-                source.octets(),
-                output.destination.octets(),
-                output.port.to_be_bytes(),
-            );
-            flows.insert(own, FlowValue { rule: entry.slot.0, action: action::LOOP });
+            let fed = flows.get(&own).or_else(|| flows.get(&FlowKey4::any_source(group, port)));
+            if let Some(&FlowValue { rule, .. }) = fed {
+                flows.insert(own, FlowValue { rule, action: action::LOOP });
+            }
         }
         flows
     }

@@ -1,7 +1,6 @@
 //! A daemon under test, and its command line.
 
 use std::{
-    os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
     thread,
@@ -284,20 +283,7 @@ pub fn interface_balances(interface: &InterfaceStats) -> bool {
 pub fn netns_cookie(namespace: &Namespace) -> u64 {
     namespace.run(|| {
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("UDP socket");
-        let mut cookie = 0u64;
-        let mut len = size_of::<u64>() as libc::socklen_t;
-        // SAFETY: the option is a u64, which lives through the call, and its size is what is said.
-        let result = unsafe {
-            libc::getsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_NETNS_COOKIE,
-                (&raw mut cookie).cast(),
-                &raw mut len,
-            )
-        };
-        assert_eq!(result, 0, "SO_NETNS_COOKIE: {}", std::io::Error::last_os_error());
-        cookie
+        mcr::sys::multicast::netns_cookie(&socket).expect("SO_NETNS_COOKIE")
     })
 }
 

@@ -2,11 +2,13 @@
 
 use std::{num::NonZeroU32, path::PathBuf};
 
+use mcr_common::abi::DEFAULT_MAX_RULES;
+
 use crate::{
     rule::DatapathChoice,
     supervisor::{
         self,
-        settings::{DEFAULT_CONTROL, DEFAULT_MAX_RULES, DEFAULT_PIN_ROOT, LogFormat, LogLevel, Settings},
+        settings::{DEFAULT_CONTROL, DEFAULT_PIN_ROOT, LogFormat, LogLevel, Settings},
     },
 };
 

@@ -12,9 +12,6 @@ pub const DEFAULT_CONTROL: &str = "/run/mcr/mcr.sock";
 /// Under which pins stand unless it is said otherwise.
 pub const DEFAULT_PIN_ROOT: &str = "/sys/fs/bpf/mcr";
 
-/// Rules that the maps are sized for unless it is said otherwise.
-pub const DEFAULT_MAX_RULES: u32 = 4096;
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// For rules that do not name one.
@@ -66,17 +63,5 @@ impl LogLevel {
 impl fmt::Display for LogLevel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
-    }
-}
-
-impl From<LogLevel> for tracing::Level {
-    fn from(level: LogLevel) -> Self {
-        match level {
-            LogLevel::Error => Self::ERROR,
-            LogLevel::Warn => Self::WARN,
-            LogLevel::Info => Self::INFO,
-            LogLevel::Debug => Self::DEBUG,
-            LogLevel::Trace => Self::TRACE,
-        }
     }
 }

@@ -72,11 +72,14 @@ pub struct Mishaps {
     waiting: bool,
 }
 
+/// Flow tables by interface.
+type Flows = BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>;
+
 /// What there is in the kernel and in the workers.
 #[derive(Clone, Debug, Default)]
 struct Actual {
     attached: BTreeMap<InterfaceName, IfIndex>,
-    flows: BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>,
+    flows: Flows,
     memberships: BTreeSet<Membership>,
     workers: BTreeMap<WorkerId, Running>,
     /// A flow was deleted, and nobody has waited yet for the programs that may still act on it.
@@ -227,20 +230,21 @@ impl State {
             // Flows and workers go with them: the rest is planned without.
             return effects;
         }
-        self.plan_flow_removals(action::STEER, &mut effects);
+        let wanted = self.wanted_flows();
+        self.plan_flow_removals(&wanted, action::STEER, &mut effects);
         self.plan_rule_removals(&mut effects);
         self.plan_leaves(&mut effects);
         if self.stopping {
-            self.plan_flow_removals(action::LOOP, &mut effects);
+            self.plan_flow_removals(&wanted, action::LOOP, &mut effects);
             self.plan_end(&mut effects);
             return effects;
         }
         self.plan_attachments(&mut effects);
-        self.plan_flows(action::LOOP, &mut effects);
+        self.plan_flows(&wanted, action::LOOP, &mut effects);
         self.plan_workers(&mut effects);
         self.plan_joins(&mut effects);
-        self.plan_flows(action::STEER, &mut effects);
-        self.plan_flow_removals(action::LOOP, &mut effects);
+        self.plan_flows(&wanted, action::STEER, &mut effects);
+        self.plan_flow_removals(&wanted, action::LOOP, &mut effects);
         effects
     }
 
@@ -260,12 +264,12 @@ impl State {
     }
 
     /// Takes out the flows of an action.
-    fn plan_flow_removals(&self, action: u32, effects: &mut Vec<Effect>) {
+    fn plan_flow_removals(&self, wanted: &Flows, action: u32, effects: &mut Vec<Effect>) {
         let before = effects.len();
         for (interface, flows) in &self.actual.flows {
-            let wanted = self.wanted_flows(interface);
+            let stays = |key: &FlowKey4| wanted.get(interface).is_some_and(|wanted| wanted.contains_key(key));
             for (&key, value) in flows {
-                if value.action == action && !wanted.contains_key(&key) {
+                if value.action == action && !stays(&key) {
                     effects.push(Effect::DeleteFlow { interface: interface.clone(), key });
                 }
             }
@@ -275,10 +279,14 @@ impl State {
         }
     }
 
-    fn wanted_flows(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
-        if self.stopping || !self.serves(interface) {
-            return BTreeMap::new();
-        }
+    /// The flows of every interface that serves rules.
+    fn wanted_flows(&self) -> Flows {
+        let interfaces = self.rules.iter().map(|entry| &entry.rule.input.interface);
+        let serving: BTreeSet<_> = interfaces.filter(|name| !self.stopping && self.serves(name)).collect();
+        serving.into_iter().map(|name| (name.clone(), self.flows_of(name))).collect()
+    }
+
+    fn flows_of(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
         let mut flows = self.all_flows(interface);
         if let Some(failures) = self.flow_failures.get(interface) {
             // A rule whose loops cannot be barred gets nothing either.
@@ -532,13 +540,11 @@ impl State {
     }
 
     /// Sets the flows of an action.
-    fn plan_flows(&self, action: u32, effects: &mut Vec<Effect>) {
-        let interfaces: BTreeSet<_> = self.rules.iter().map(|entry| &entry.rule.input.interface).collect();
-        for interface in interfaces {
-            let none = BTreeMap::new();
-            let flows = self.actual.flows.get(interface).unwrap_or(&none);
-            for (key, value) in self.wanted_flows(interface) {
-                if value.action == action && flows.get(&key) != Some(&value) {
+    fn plan_flows(&self, wanted: &Flows, action: u32, effects: &mut Vec<Effect>) {
+        for (interface, flows) in wanted {
+            let there = |key: &FlowKey4| self.actual.flows.get(interface).and_then(|flows| flows.get(key));
+            for (&key, &value) in flows {
+                if value.action == action && there(&key) != Some(&value) {
                     effects.push(Effect::SetFlow { interface: interface.clone(), key, value });
                 }
             }

@@ -10,7 +10,7 @@ use tracing::{debug, info};
 use crate::worker::{
     LogFilter, Supervisor,
     egress::UringEgress,
-    ingress::af_xdp::{self, AfXdpQueue, RxBatch},
+    ingress::af_xdp::{AfXdpQueue, RxBatch},
     ledger::Ledger,
     protocol::{Command, Report},
     relay::{Batch, FlowTable, relay},
@@ -48,7 +48,7 @@ impl EventLoop {
         egress: UringEgress,
         log_filter: LogFilter,
     ) -> Self {
-        let queue = |socket| Queue { socket, frames: af_xdp::batch(), polled: false };
+        let queue = |socket| Queue { socket, frames: RxBatch::empty(), polled: false };
         Self {
             queues: queues.into_iter().map(queue).collect(),
             table: FlowTable::default(),

@@ -48,7 +48,8 @@ pub struct RxBatch {
 }
 
 impl RxBatch {
-    fn empty() -> Self {
+    /// A batch without frames, with room for [`BATCH`].
+    pub fn empty() -> Self {
         Self { frames: vec![FrameDesc::default(); BATCH].into_boxed_slice(), len: 0 }
     }
 
@@ -205,11 +206,6 @@ impl AfXdpQueue {
         ledger.rx_ring_full.set(self.base.rx_ring_full + statistics.rx_ring_full());
         Ok(())
     }
-}
-
-/// An empty batch for the queue's frames.
-pub fn batch() -> RxBatch {
-    RxBatch::empty()
 }
 
 fn cause(error: impl std::error::Error) -> io::Error {
