@@ -1,4 +1,4 @@
-//! What the XDP program counts, per CPU.
+//! What the XDP program and the socket filter count, per CPU.
 
 use crate::parse::Reject;
 
@@ -6,7 +6,7 @@ use crate::parse::Reject;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RuleCounters {
-    /// Datagrams of the rule's flows seen on the wire.
+    /// Datagrams of the rule's flows seen on the wire; each segment of a super-packet is one.
     pub matched: u64,
     /// Their UDP payload bytes.
     pub matched_bytes: u64,
@@ -24,17 +24,17 @@ pub struct QueueCounters {
     pub steered: u64,
 }
 
-/// What became of every frame of an interface. The fields add up to the frames seen.
+/// What one of the two programs made of every frame of an interface. The fields add up to the frames seen.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verdicts {
-    /// Redirected to an AF_XDP socket.
+    /// Redirected to an AF_XDP socket, or by the filter given to a packet socket.
     pub steered: u64,
-    /// Matched, but no socket on the RX queue; passed.
+    /// Matched, but no AF_XDP socket on the RX queue; passed.
     pub no_worker: u64,
-    /// Matched, but sent by this relay; dropped.
+    /// Matched, but sent by this relay; dropped by the XDP program, left to the host by the filter.
     pub looped: u64,
-    /// Matched by a rule that AF_PACKET serves; passed.
+    /// Matched by a rule that AF_PACKET serves; passed by the XDP program, to the filter.
     pub af_packet: u64,
     /// Multicast UDP that no rule wants; passed, like all that follow.
     pub no_rule: u64,
@@ -44,7 +44,7 @@ pub struct Verdicts {
     pub not_udp: u64,
     /// Another Ethernet type (ARP, IPv6 ...).
     pub not_ipv4: u64,
-    /// Tagged in the frame's bytes (802.1Q, 802.1ad).
+    /// Tagged (802.1Q, 802.1ad), in the frame's bytes or, where the filter sees it, beside them.
     pub vlan: u64,
     /// A fragment of a multicast UDP datagram.
     pub fragment: u64,

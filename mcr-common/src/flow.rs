@@ -38,13 +38,13 @@ pub struct FlowValue {
     pub action: u32,
 }
 
-/// What the XDP program does with a flow's frames.
+/// What is done with a flow's frames.
 pub mod action {
     /// Steer into the AF_XDP socket of the RX queue.
     pub const STEER: u32 = 1;
-    /// Sent by this relay itself: drop, and count as a loop.
+    /// Sent by this relay itself: drop in XDP, refuse in the filter, and count as a loop.
     pub const LOOP: u32 = 2;
-    /// Pass to the host, where an AF_PACKET socket takes it.
+    /// Pass in XDP, take in the filter: a packet socket's, and the host's too.
     pub const PASS: u32 = 3;
 }
 

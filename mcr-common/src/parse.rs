@@ -1,7 +1,7 @@
 //! The one header parser: Ethernet, IPv4, UDP.
 //!
-//! It runs in the XDP program over packet memory and in user space over slices; [`Bytes`] is all that
-//! differs. What it cannot vouch for it rejects with a reason, and nothing that it rejects is relayed.
+//! It runs in the XDP program over packet memory, in the socket filter over socket buffers and in user
+//! space over slices; [`Bytes`] is all that differs. What it cannot vouch for it rejects with a reason, and nothing that it rejects is relayed.
 
 /// Length of an Ethernet header without tags.
 pub const ETHERNET_LEN: usize = 14;
@@ -21,8 +21,8 @@ const FRAGMENT_MASK: u16 = 0x3fff;
 
 /// How the parser reaches a frame, from its Ethernet header on.
 pub trait Bytes {
-    /// The frame's length in bytes.
-    fn length(&self) -> usize;
+    /// Whether the frame has at least `len` bytes.
+    fn reaches(&self, len: usize) -> bool;
 
     /// `N` bytes at `offset`, or `None` where the frame ends before.
     fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
@@ -30,8 +30,8 @@ pub trait Bytes {
 
 impl Bytes for &[u8] {
     #[inline]
-    fn length(&self) -> usize {
-        self.len()
+    fn reaches(&self, len: usize) -> bool {
+        len <= self.len()
     }
 
     #[inline]
@@ -66,7 +66,7 @@ pub enum Reject {
     NotUdp,
     /// Another Ethernet type.
     NotIpv4,
-    /// Tagged in the frame's bytes.
+    /// Tagged, in the frame's bytes or beside them.
     Vlan,
     /// A fragment, the first included: only it would have a UDP header.
     Fragment,
@@ -121,7 +121,7 @@ pub fn parse(frame: &impl Bytes) -> Result<Datagram, Reject> {
         return Err(Reject::Malformed);
     }
     let udp: [u8; UDP_LEN] = frame.at(ETHERNET_LEN + IPV4_LEN).ok_or(Reject::Truncated)?;
-    if ETHERNET_LEN + total_len > frame.length() {
+    if !frame.reaches(ETHERNET_LEN + total_len) {
         return Err(Reject::Truncated);
     }
 

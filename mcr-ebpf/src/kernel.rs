@@ -1,9 +1,10 @@
-//! The edge to the kernel, and the only unsafe code of the program: packet memory and map values.
+//! The edge to the kernel, and the only unsafe code of the programs: packet memory and map values.
 
 use aya_ebpf::{
+    bindings::{__sk_buff, bpf_hdr_start_off::BPF_HDR_START_MAC},
     btf_maps::{HashMap, PerCpuArray},
-    helpers::bpf_xdp_get_buff_len,
-    programs::XdpContext,
+    helpers::{bpf_skb_load_bytes_relative, bpf_xdp_get_buff_len},
+    programs::{SkBuffContext, XdpContext},
 };
 use mcr_common::{
     flow::{FlowKey4, FlowValue},
@@ -27,9 +28,9 @@ impl<'a> Frame<'a> {
 impl Bytes for Frame<'_> {
     /// By the kernel's word: computing it from packet pointers would take `CAP_PERFMON`.
     #[inline(always)]
-    fn length(&self) -> usize {
+    fn reaches(&self, len: usize) -> bool {
         // SAFETY: the context is the program's own.
-        unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
+        len <= unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
     }
 
     #[inline(always)]
@@ -40,6 +41,59 @@ impl Bytes for Frame<'_> {
         // SAFETY: the N bytes lie between data and data_end, as just checked (and as the verifier
         // checks again); byte arrays have no alignment and no invalid values.
         Some(unsafe { ((self.start + offset) as *const [u8; N]).read() })
+    }
+}
+
+/// A frame in a socket buffer, wherever the buffer's data begins and however it is scattered.
+pub struct Buffered<'a> {
+    ctx: &'a SkBuffContext,
+}
+
+impl<'a> Buffered<'a> {
+    #[inline(always)]
+    pub fn new(ctx: &'a SkBuffContext) -> Self {
+        Self { ctx }
+    }
+
+    /// Whether the kernel has taken a VLAN tag out of the frame's bytes.
+    #[inline(always)]
+    pub fn is_tagged(&self) -> bool {
+        self.buffer().vlan_present != 0
+    }
+
+    /// Payload bytes of each datagram but the last if the buffer holds several (GSO), else 0.
+    #[inline(always)]
+    pub fn segment_len(&self) -> u32 {
+        self.buffer().gso_size
+    }
+
+    #[inline(always)]
+    fn buffer(&self) -> &__sk_buff {
+        // SAFETY: the kernel hands the program a live context, which the verifier guards.
+        unsafe { &*self.ctx.skb.skb }
+    }
+}
+
+impl Bytes for Buffered<'_> {
+    #[inline(always)]
+    fn reaches(&self, len: usize) -> bool {
+        len == 0 || self.at::<1>(len - 1).is_some()
+    }
+
+    #[inline(always)]
+    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut bytes = [0u8; N];
+        // SAFETY: the helper writes N bytes into the array, or none and says so.
+        let result = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.ctx.skb.skb.cast(),
+                offset as u32,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+                BPF_HDR_START_MAC,
+            )
+        };
+        (result == 0).then_some(bytes)
     }
 }
 

@@ -1,6 +1,7 @@
-//! The XDP program: finds the rule that a frame belongs to and steers it to the worker of its RX queue.
+//! What runs in the kernel: the XDP program finds the rule that a frame belongs to and steers it to the
+//! worker of its RX queue; the socket filter decides by the same table what a packet socket takes.
 //!
-//! It decides, counts and redirects; it never writes to a frame. What no rule wants passes untouched.
+//! They decide, count and redirect; they never write to a frame. What no rule wants passes untouched.
 #![no_std]
 #![no_main]
 
@@ -9,17 +10,17 @@ mod kernel;
 use aya_ebpf::{
     bindings::xdp_action,
     btf_maps::{HashMap, PerCpuArray, XskMap},
-    macros::{btf_map, xdp},
-    programs::XdpContext,
+    macros::{btf_map, socket_filter, xdp},
+    programs::{SkBuffContext, XdpContext},
 };
 use mcr_common::{
-    abi,
+    abi::{self, verdicts_of},
     counters::{QueueCounters, RuleCounters, Verdicts},
     flow::{FlowKey4, FlowValue, action},
     parse::{self, Datagram},
 };
 
-use crate::kernel::{Frame, count};
+use crate::kernel::{Buffered, Frame, count};
 
 /// Checked by the loader before anything is loaded.
 #[unsafe(no_mangle)]
@@ -33,7 +34,7 @@ static FLOWS_V4: HashMap<FlowKey4, FlowValue, { abi::DEFAULT_MAX_RULES as usize 
 static RULES: PerCpuArray<RuleCounters, { abi::DEFAULT_MAX_RULES as usize }> = PerCpuArray::new();
 
 #[btf_map(name = "mcr_verdicts")]
-static VERDICTS: PerCpuArray<Verdicts, 1> = PerCpuArray::new();
+static VERDICTS: PerCpuArray<Verdicts, { verdicts_of::COUNT }> = PerCpuArray::new();
 
 #[btf_map(name = "mcr_queues")]
 static QUEUES: PerCpuArray<QueueCounters, { abi::DEFAULT_QUEUES as usize }> = PerCpuArray::new();
@@ -51,6 +52,22 @@ enum Verdict {
     Rejected(parse::Reject),
 }
 
+impl Verdict {
+    /// The counter of the verdict.
+    #[inline(always)]
+    fn counter<'a>(&self, verdicts: &'a mut Verdicts) -> &'a mut u64 {
+        match self {
+            Verdict::Steered => &mut verdicts.steered,
+            Verdict::NoWorker => &mut verdicts.no_worker,
+            Verdict::Looped => &mut verdicts.looped,
+            Verdict::AfPacket => &mut verdicts.af_packet,
+            Verdict::NoRule => &mut verdicts.no_rule,
+            Verdict::Rejected(reject) => verdicts.rejected(*reject),
+        }
+    }
+}
+
+/// Steers what rules want to the AF_XDP socket of the RX queue.
 #[expect(clippy::needless_pass_by_value, reason = "the signature of an XDP program")]
 #[xdp]
 pub fn mcr_steer(ctx: XdpContext) -> u32 {
@@ -58,19 +75,12 @@ pub fn mcr_steer(ctx: XdpContext) -> u32 {
         Ok(datagram) => steer(&ctx, &datagram),
         Err(reject) => Verdict::Rejected(reject),
     };
-    let action = kernel::update(&VERDICTS, 0, |verdicts| {
-        let (counter, action) = match verdict {
-            Verdict::Steered => (&mut verdicts.steered, xdp_action::XDP_REDIRECT),
-            Verdict::NoWorker => (&mut verdicts.no_worker, xdp_action::XDP_PASS),
-            Verdict::Looped => (&mut verdicts.looped, xdp_action::XDP_DROP),
-            Verdict::AfPacket => (&mut verdicts.af_packet, xdp_action::XDP_PASS),
-            Verdict::NoRule => (&mut verdicts.no_rule, xdp_action::XDP_PASS),
-            Verdict::Rejected(reject) => (verdicts.rejected(reject), xdp_action::XDP_PASS),
-        };
-        count(counter, 1);
-        action
-    });
-    action.unwrap_or(xdp_action::XDP_PASS)
+    kernel::update(&VERDICTS, verdicts_of::XDP, |verdicts| count(verdict.counter(verdicts), 1));
+    match verdict {
+        Verdict::Steered => xdp_action::XDP_REDIRECT,
+        Verdict::Looped => xdp_action::XDP_DROP,
+        _ => xdp_action::XDP_PASS,
+    }
 }
 
 #[inline(always)]
@@ -80,25 +90,70 @@ fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
     };
     let verdict = match flow.action {
         action::LOOP => Verdict::Looped,
-        action::PASS => Verdict::AfPacket,
+        // The filter counts the rule's datagrams.
+        action::PASS => return Verdict::AfPacket,
         // With an empty slot the helper answers the action in the flags' low bits.
         _ if SOCKETS.redirect(ctx.rx_queue_index(), u64::from(xdp_action::XDP_PASS)).is_ok() => {
             Verdict::Steered
         }
         _ => Verdict::NoWorker,
     };
-    kernel::update(&RULES, flow.rule, |rule| {
-        count(&mut rule.matched, 1);
-        count(&mut rule.matched_bytes, u64::from(datagram.payload_len));
-        count(&mut rule.no_worker, u64::from(matches!(verdict, Verdict::NoWorker)));
-        count(&mut rule.looped, u64::from(matches!(verdict, Verdict::Looped)));
-    });
+    count_rule(flow.rule, &verdict, 1, datagram.payload_len);
     if matches!(verdict, Verdict::Steered) {
         kernel::update(&QUEUES, ctx.rx_queue_index(), |queue| count(&mut queue.steered, 1));
         #[cfg(feature = "log")]
         aya_log_ebpf::debug!(ctx, "steered a datagram of rule slot {}", flow.rule);
     }
     verdict
+}
+
+/// Lets into a packet socket what its rules want, and nothing else. The host gets its own copy.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a socket filter")]
+#[socket_filter]
+pub fn mcr_filter(ctx: SkBuffContext) -> i64 {
+    let frame = Buffered::new(&ctx);
+    let verdict = if frame.is_tagged() {
+        Verdict::Rejected(parse::Reject::Vlan)
+    } else {
+        match parse::parse(&frame) {
+            Ok(datagram) => admit(&frame, &datagram),
+            Err(reject) => Verdict::Rejected(reject),
+        }
+    };
+    kernel::update(&VERDICTS, verdicts_of::FILTER, |verdicts| count(verdict.counter(verdicts), 1));
+    if matches!(verdict, Verdict::Steered) { i64::from(u32::MAX) } else { 0 }
+}
+
+#[inline(always)]
+fn admit(frame: &Buffered<'_>, datagram: &Datagram) -> Verdict {
+    let Some(flow) = find(datagram) else {
+        return Verdict::NoRule;
+    };
+    let verdict = match flow.action {
+        action::PASS => Verdict::Steered,
+        action::LOOP => Verdict::Looped,
+        // The XDP program found no AF_XDP socket, and has counted it.
+        _ => return Verdict::NoWorker,
+    };
+    let segment = frame.segment_len();
+    let datagrams = if segment == 0 { 1 } else { u32::from(datagram.payload_len).div_ceil(segment) };
+    count_rule(flow.rule, &verdict, datagrams, datagram.payload_len);
+    verdict
+}
+
+/// Counts datagrams of a rule with their payload bytes together.
+#[inline(always)]
+fn count_rule(slot: u32, verdict: &Verdict, datagrams: u32, bytes: u16) {
+    let datagrams = u64::from(datagrams);
+    kernel::update(&RULES, slot, |rule| {
+        count(&mut rule.matched, datagrams);
+        count(&mut rule.matched_bytes, u64::from(bytes));
+        match verdict {
+            Verdict::NoWorker => count(&mut rule.no_worker, datagrams),
+            Verdict::Looped => count(&mut rule.looped, datagrams),
+            _ => {}
+        }
+    });
 }
 
 /// The flow of a datagram: the rule for its source goes before the rule for any source.

@@ -3,7 +3,7 @@
 use std::{
     borrow::Cow,
     fs, io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
@@ -11,7 +11,7 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{HashMap, Map, MapData, MapError, PerCpuArray, XskMap},
     programs::{
-        Xdp, XdpMode,
+        ProgramError, SocketFilter, Xdp, XdpMode,
         links::{FdLink, PinnedLink},
         loaded_programs,
     },
@@ -46,7 +46,7 @@ pub enum ObjectError {
 
 #[derive(Debug, Error)]
 pub enum AttachError {
-    #[error("{interface} ({kind}) has no native XDP: use an interface whose driver has it")]
+    #[error("{interface} ({kind}) has no native XDP")]
     NoNativeXdp { interface: InterfaceName, kind: String },
     #[error(
         "{interface} has too few RX queues for XDP: a veth needs as many as its peer has TX queues; see `ethtool -l {interface}`"
@@ -110,6 +110,7 @@ impl Object {
             .map_max_entries(map::RULES, 1)
             .load(self.bytes())?;
         xdp(&mut ebpf)?.load()?;
+        socket_filter(&mut ebpf)?.load()?;
         Ok(())
     }
 
@@ -132,12 +133,12 @@ fn abi_version(object: &[u8]) -> Result<u32, String> {
     Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
 }
 
-/// Where one interface's program is to be attached and how large its maps are.
+/// Where one interface's programs belong and how large its maps are.
 #[derive(Clone, Debug)]
 pub struct Placement<'a> {
     pub interface: &'a InterfaceName,
     pub index: IfIndex,
-    pub kind: &'a str,
+    pub kind: String,
     pub mtu: u32,
     pub queues: u32,
     pub max_rules: u32,
@@ -147,28 +148,32 @@ pub struct Placement<'a> {
     pub occupant: Option<u32>,
 }
 
-/// The program of one interface, attached and pinned.
+/// What one interface has in the kernel: the maps, the socket filter, and the XDP program if it is attached.
+/// Pinned, but for the filter, which lives as long as its sockets.
 ///
-/// Dropping it detaches the program and removes its pins.
+/// Dropping it detaches the program and removes the pins.
 pub struct Steering {
     flows: HashMap<MapData, FlowKey4, FlowValue>,
     rules: PerCpuArray<MapData, RuleCounters>,
     verdicts: PerCpuArray<MapData, Verdicts>,
     sockets: XskMap<MapData>,
     queues: PerCpuArray<MapData, QueueCounters>,
-    /// Keeps the program's log, if the object has one, with its other maps.
+    /// Holds the programs, and the XDP program's log if the object has one.
     ebpf: Ebpf,
     // The link goes before its pins' directory.
     link: Option<PinnedLink>,
+    generic: bool,
     pins: PathBuf,
 }
 
 impl Steering {
-    pub fn attach(object: &Object, placement: &Placement<'_>) -> Result<Self, AttachError> {
-        let interface = placement.interface;
-        let load =
-            |error: EbpfError| AttachError::Load { interface: interface.clone(), why: last_words(&error) };
-        let mut ebpf = EbpfLoader::new()
+    /// Makes the maps and pins them. Nothing is attached yet.
+    pub fn prepare(object: &Object, placement: &Placement<'_>) -> Result<Self, AttachError> {
+        let load = |error: EbpfError| AttachError::Load {
+            interface: placement.interface.clone(),
+            why: last_words(&error),
+        };
+        let ebpf = EbpfLoader::new()
             // A flow for each rule, and for each output that feeds one: its loop.
             .map_max_entries(map::FLOWS_V4, (1 + OUTPUTS_PER_RULE) * placement.max_rules)
             .map_max_entries(map::RULES, placement.max_rules)
@@ -176,31 +181,17 @@ impl Steering {
             .map_max_entries(map::QUEUES, placement.queues)
             .load(object.bytes())
             .map_err(load)?;
-        let program = xdp(&mut ebpf).map_err(|error| load(error.into()))?;
-        program.load().map_err(|error| load(error.into()))?;
-        let link = program
-            .attach_to_if_index(placement.index.0, XdpMode::Driver)
-            .map_err(|error| explain(placement, &error))?;
-        let link = program.take_link(link).map_err(|error| load(error.into()))?;
-        // aya falls back to an attachment that no pin can hold; only a link will do.
-        let link = FdLink::try_from(link).map_err(|_| AttachError::Attach {
-            interface: interface.clone(),
-            source: io::Error::other("the kernel offers no XDP links (Linux 5.9 has them)"),
-        })?;
-        Self::pin(ebpf, link, &placement.pins).map_err(|(path, why)| {
+        Self::pin(ebpf, &placement.pins).map_err(|(path, why)| {
             clear_pins(&placement.pins);
             AttachError::Pin { path, why }
         })
     }
 
-    fn pin(mut ebpf: Ebpf, link: FdLink, pins: &Path) -> Result<Self, (PathBuf, String)> {
+    fn pin(mut ebpf: Ebpf, pins: &Path) -> Result<Self, (PathBuf, String)> {
         let at = |name: &str| pins.join(name);
         let failed = |name: &str, error: &dyn std::error::Error| (at(name), error.to_string());
         clear_pins(pins);
         fs::create_dir_all(pins).map_err(|error| (pins.to_owned(), error.to_string()))?;
-        let program = xdp(&mut ebpf).map_err(|error| failed("program", &error))?;
-        program.pin(at("program")).map_err(|error| failed("program", &error))?;
-        let link = link.pin(at("link")).map_err(|error| failed("link", &error))?;
         let mut take = |name: &str| -> Result<Map, (PathBuf, String)> {
             let map =
                 ebpf.take_map(name).ok_or_else(|| (at(name), "the object has no such map".to_owned()))?;
@@ -215,9 +206,63 @@ impl Steering {
             sockets: take(map::SOCKETS)?.try_into().map_err(|error| shape(map::SOCKETS, error))?,
             queues: take(map::QUEUES)?.try_into().map_err(|error| shape(map::QUEUES, error))?,
             ebpf,
-            link: Some(link),
+            link: None,
+            generic: false,
             pins: pins.to_owned(),
         })
+    }
+
+    /// Attaches the XDP program, and pins it with its link; as generic XDP if that is allowed and there is
+    /// no native XDP.
+    pub fn attach(&mut self, placement: &Placement<'_>, generic: bool) -> Result<(), AttachError> {
+        match self.attach_as(placement, XdpMode::Driver) {
+            Err(AttachError::NoNativeXdp { .. }) if generic => {
+                self.attach_as(placement, XdpMode::Skb)?;
+                self.generic = true;
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn attach_as(&mut self, placement: &Placement<'_>, mode: XdpMode) -> Result<(), AttachError> {
+        let interface = placement.interface;
+        let load =
+            |error: EbpfError| AttachError::Load { interface: interface.clone(), why: last_words(&error) };
+        let pinned = |name: &str, error: &dyn std::error::Error| AttachError::Pin {
+            path: placement.pins.join(name),
+            why: error.to_string(),
+        };
+        let program = xdp(&mut self.ebpf).map_err(|error| load(error.into()))?;
+        if program.fd().is_err() {
+            program.load().map_err(|error| load(error.into()))?;
+        }
+        let link = program
+            .attach_to_if_index(placement.index.0, mode)
+            .map_err(|error| explain(placement, &error))?;
+        let link = program.take_link(link).map_err(|error| load(error.into()))?;
+        // aya falls back to an attachment that no pin can hold; only a link will do.
+        let link = FdLink::try_from(link).map_err(|_| AttachError::Attach {
+            interface: interface.clone(),
+            source: io::Error::other("the kernel offers no XDP links (Linux 5.9 has them)"),
+        })?;
+        program.pin(self.pins.join("program")).map_err(|error| pinned("program", &error))?;
+        self.link = Some(link.pin(self.pins.join("link")).map_err(|error| pinned("link", &error))?);
+        Ok(())
+    }
+
+    /// Whether the program runs as generic XDP.
+    pub fn is_generic(&self) -> bool {
+        self.generic
+    }
+
+    /// The filter for the interface's packet sockets.
+    pub fn filter(&mut self) -> Result<BorrowedFd<'_>, ProgramError> {
+        let filter = socket_filter(&mut self.ebpf)?;
+        if filter.fd().is_err() {
+            filter.load()?;
+        }
+        Ok(filter.fd()?.as_fd())
     }
 
     pub fn set_flow(&mut self, key: &FlowKey4, value: FlowValue) -> Result<(), MapAccessError> {
@@ -267,10 +312,10 @@ impl Steering {
         Ok(cpus.iter().map(|cpu| cpu.steered).sum())
     }
 
-    /// What became of the interface's frames, by name.
-    pub fn verdicts(&self) -> Result<[(&'static str, u64); 14], MapAccessError> {
+    /// What a program, one of [`abi::verdicts_of`], made of the interface's frames, by name.
+    pub fn verdicts(&self, of: u32) -> Result<[(&'static str, u64); 14], MapAccessError> {
         let mut sum = Verdicts::default().named();
-        for cpu in self.verdicts.get(&0, 0).map_err(access(map::VERDICTS, "read"))?.iter() {
+        for cpu in self.verdicts.get(&of, 0).map_err(access(map::VERDICTS, "read"))?.iter() {
             for (total, (_, count)) in sum.iter_mut().zip(cpu.named()) {
                 total.1 += count;
             }
@@ -300,9 +345,14 @@ fn access(map: &'static str, what: &'static str) -> impl FnOnce(MapError) -> Map
     move |source| MapAccessError { map, what, source }
 }
 
-fn xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, aya::programs::ProgramError> {
-    let missing = aya::programs::ProgramError::InvalidName { name: abi::PROGRAM.to_owned() };
+fn xdp(ebpf: &mut Ebpf) -> Result<&mut Xdp, ProgramError> {
+    let missing = ProgramError::InvalidName { name: abi::PROGRAM.to_owned() };
     ebpf.program_mut(abi::PROGRAM).ok_or(missing)?.try_into()
+}
+
+fn socket_filter(ebpf: &mut Ebpf) -> Result<&mut SocketFilter, ProgramError> {
+    let missing = ProgramError::InvalidName { name: abi::FILTER.to_owned() };
+    ebpf.program_mut(abi::FILTER).ok_or(missing)?.try_into()
 }
 
 /// Removes the pins of one interface, whoever left them. What they held and nothing else holds is gone:
@@ -316,11 +366,11 @@ pub fn clear_pins(pins: &Path) {
 }
 
 /// Turns the errno of an attachment into what it means for this interface.
-fn explain(placement: &Placement<'_>, error: &aya::programs::ProgramError) -> AttachError {
+fn explain(placement: &Placement<'_>, error: &ProgramError) -> AttachError {
     let interface = placement.interface.clone();
     let errno = errno(error);
     match errno {
-        Some(libc::EOPNOTSUPP) => AttachError::NoNativeXdp { interface, kind: placement.kind.to_owned() },
+        Some(libc::EOPNOTSUPP) => AttachError::NoNativeXdp { interface, kind: placement.kind.clone() },
         Some(libc::ENOSPC) => AttachError::TooFewQueues { interface },
         Some(libc::ERANGE) => AttachError::Mtu { interface, mtu: placement.mtu },
         Some(libc::EBUSY | libc::EEXIST) => {

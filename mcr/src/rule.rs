@@ -205,7 +205,7 @@ impl fmt::Display for Output {
 }
 
 /// How a rule's datagrams travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Datapath {
     Redirect,
     AfXdp,
@@ -223,7 +223,7 @@ impl fmt::Display for Datapath {
 }
 
 /// The datapath that was asked for: one by name, or the first that serves the rule (`auto`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DatapathChoice(pub Option<Datapath>);
 
 impl FromStr for DatapathChoice {

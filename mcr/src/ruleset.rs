@@ -282,15 +282,20 @@ impl RuleSet {
     /// The flow table of an interface: its rules' inputs, and for each the datagrams that this relay
     /// itself sends to them, which are never relayed again.
     ///
-    /// `source` answers the source address of an output, if it has one now.
+    /// `relaying` answers the action that relays a rule's datagrams, if any does now; `source` the source
+    /// address of an output, if it has one now.
     pub fn flows(
         &self,
         interface: &InterfaceName,
+        relaying: impl Fn(&Entry) -> Option<u32>,
         source: impl Fn(&Output) -> Option<Ipv4Addr>,
     ) -> BTreeMap<FlowKey4, FlowValue> {
         let ours = self.iter().filter(|entry| entry.rule.input.interface == *interface);
-        let steered = |entry: &Entry| FlowValue { rule: entry.slot.0, action: action::STEER };
-        let mut flows: BTreeMap<_, _> = ours.map(|entry| (key(&entry.rule.input), steered(entry))).collect();
+        let flow = |entry: &Entry| {
+            let value = FlowValue { rule: entry.slot.0, action: relaying(entry)? };
+            Some((key(&entry.rule.input), value))
+        };
+        let mut flows: BTreeMap<_, _> = ours.filter_map(flow).collect();
         for output in self.iter().flat_map(|entry| &entry.rule.outputs) {
             let Some(source) = source(output) else { continue };
             let (group, port) = (output.destination.octets(), output.port.to_be_bytes());

@@ -458,7 +458,7 @@ fn flows_of_eth0(rules: &[Rule]) -> Vec<String> {
         _ => Some(Ipv4Addr::new(10, 0, 1, 1)),
     };
     let set = set_of(rules);
-    set.flows(&interface("eth0"), source)
+    set.flows(&interface("eth0"), |_| Some(action::STEER), source)
         .into_iter()
         .map(|(key, value)| {
             let name = |slot| set.iter().find(|entry| entry.slot.0 == slot).unwrap().rule.name.clone();

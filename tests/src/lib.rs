@@ -9,6 +9,7 @@
 pub mod bpf;
 pub mod capture;
 pub mod frame;
+pub mod ground;
 pub mod namespace;
 pub mod process;
 pub mod relay;
@@ -21,6 +22,7 @@ pub mod wait;
 pub use crate::{
     capture::{Capture, Captured},
     frame::{RawSender, Udp},
+    ground::Ground,
     namespace::Namespace,
     process::{Answer, Process},
     relay::Relay,

@@ -14,7 +14,7 @@ use mcr::api::wire::{
 use nix::sys::signal::Signal;
 
 use crate::{
-    Answer, Namespace, Process, Site,
+    Answer, Ground, Namespace, Process, Site,
     wait::{PATIENCE, wait_for, wait_until},
 };
 
@@ -33,6 +33,7 @@ pub fn binary() -> PathBuf {
 #[derive(Debug)]
 pub struct Relay<'a> {
     namespace: &'a Namespace,
+    ground: Ground,
     pin_root: PathBuf,
     control: PathBuf,
     daemon: Process,
@@ -57,6 +58,7 @@ impl<'a> Relay<'a> {
         let daemon = Process::spawn(command);
         let mut relay = Self {
             namespace: &site.relay,
+            ground: site.ground,
             pin_root: site.scratch.pin_root().to_owned(),
             control: site.scratch.dir().join("mcr.sock"),
             daemon,
@@ -72,7 +74,8 @@ impl<'a> Relay<'a> {
             .args(["run", "--control"])
             .arg(site.scratch.dir().join("mcr.sock"))
             .arg("--pin-root")
-            .arg(site.scratch.pin_root());
+            .arg(site.scratch.pin_root())
+            .args(site.ground.args());
         command
     }
 
@@ -171,7 +174,11 @@ impl<'a> Relay<'a> {
         let outcome: RuleOutcome = self.json(&call);
         assert_eq!(outcome.outcome, Outcome::Added);
         assert_eq!(outcome.rule.name, name);
-        self.wait_until_active(name)
+        let rule = self.wait_until_active(name);
+        if input.ends_with("@in0") && !args.contains(&"--datapath") {
+            assert_eq!(rule.datapath.as_deref(), Some(self.ground.datapath()), "{rule:?}");
+        }
+        rule
     }
 
     #[track_caller]

@@ -16,7 +16,7 @@ use std::{
 use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
 
 use crate::{
-    Capture, Namespace, RawSender, Scratch, Udp,
+    Capture, Ground, Namespace, RawSender, Scratch, Udp,
     wait::{PATIENCE, wait_until},
 };
 
@@ -33,13 +33,15 @@ pub struct Plan {
     pub sinks: u8,
     /// Queues of the ingress interfaces.
     pub queues: u8,
+    /// What the ingress interfaces are.
+    pub ground: Ground,
     /// Instead of `10.77.K.2/24`: an address that the relay host need not have a route to.
     pub source_address: Option<Ipv4Addr>,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { segments: 1, sinks: 3, queues: 1, source_address: None }
+        Self { segments: 1, sinks: 3, queues: 1, ground: Ground::current(), source_address: None }
     }
 }
 
@@ -70,6 +72,7 @@ pub struct Site {
     pub relay: Namespace,
     pub sinks: Vec<Sink>,
     pub scratch: Scratch,
+    pub ground: Ground,
 }
 
 impl Default for Site {
@@ -89,7 +92,7 @@ impl Site {
         relay.sysctl("ipv4/conf/default/rp_filter", "1");
         let segments = (0..plan.segments).map(|k| Segment::build(&relay, k, plan)).collect();
         let sinks = (0..plan.sinks).map(|k| Sink::build(&relay, k)).collect();
-        let site = Self { segments, relay, sinks, scratch };
+        let site = Self { segments, relay, sinks, scratch, ground: plan.ground };
         for segment in &site.segments {
             site.relay.sysctl(&format!("ipv4/conf/{}/rp_filter", segment.interface), "1");
             segment.wait_until_snooping(&site.relay);
@@ -140,6 +143,11 @@ impl Segment {
         let (relay_address, prefix) = (net(1), if plan.source_address.is_some() { 32 } else { 24 });
         let source_address = plan.source_address.unwrap_or(net(2));
         let queues = plan.queues;
+        // The end of the segment's cable, which is the ingress interface or lies below it.
+        let end = match plan.ground {
+            Ground::Veth | Ground::PlainVeth => interface.clone(),
+            Ground::Bridge | Ground::Macvlan => format!("low{k}"),
+        };
 
         bridge.ip(&[
             "link add br0 type bridge mcast_snooping 1 mcast_igmp_version 3 \
@@ -147,7 +155,7 @@ impl Segment {
             &format!("link add name src type veth peer name {ETH} netns {}", source.name()),
             &format!(
                 "link add name relay numrxqueues {queues} numtxqueues {queues} type veth \
-                 peer name {interface} numrxqueues {queues} numtxqueues {queues} netns {}",
+                 peer name {end} numrxqueues {queues} numtxqueues {queues} netns {}",
                 relay.name()
             ),
             "link set src master br0 up",
@@ -169,6 +177,17 @@ impl Segment {
             &format!("link set {ETH} up"),
             &format!("route add 224.0.0.0/4 dev {ETH}"),
         ]);
+        match plan.ground {
+            Ground::Veth | Ground::PlainVeth => {}
+            Ground::Bridge => relay.ip(&[
+                &format!("link add {interface} type bridge mcast_snooping 0"),
+                &format!("link set {end} master {interface} up"),
+            ]),
+            Ground::Macvlan => relay.ip(&[
+                &format!("link set {end} up"),
+                &format!("link add {interface} link {end} type macvlan mode private"),
+            ]),
+        }
         relay.ip(&[
             &format!("addr add {relay_address}/24 dev {interface}"),
             &format!("link set {interface} up"),

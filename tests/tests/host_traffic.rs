@@ -49,7 +49,6 @@ impl Listener {
     }
 }
 
-#[test]
 fn what_no_rule_wants_reaches_the_hosts_own_sockets() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -91,7 +90,6 @@ fn what_no_rule_wants_reaches_the_hosts_own_sockets() {
     assert_eq!(verdicts["no_rule"], 2_000, "{verdicts:?}");
 }
 
-#[test]
 fn a_program_on_an_outputs_port_keeps_its_unicast_traffic() {
     let site = Site::default();
     let mut before = Listener::bind(&site.relay, "0.0.0.0:6000");
@@ -108,7 +106,6 @@ fn a_program_on_an_outputs_port_keeps_its_unicast_traffic() {
     assert_eq!(relay.balanced("cam1", sent).outputs[1].sent, sent);
 }
 
-#[test]
 fn a_program_on_the_host_hears_an_output_only_if_the_rule_says_so() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -129,7 +126,6 @@ fn a_program_on_the_host_hears_an_output_only_if_the_rule_says_so() {
     assert_eq!(quiet.count(), 0);
 }
 
-#[test]
 fn an_output_whose_source_port_is_taken_waits_and_disturbs_no_other() {
     let site = Site::default();
     let mut taken = Listener::bind(&site.relay, "0.0.0.0:6000");
@@ -154,3 +150,10 @@ fn an_output_whose_source_port_is_taken_waits_and_disturbs_no_other() {
     assert_eq!(stats.outputs[1].dropped.get("pending"), Some(&stats.outputs[1].received), "{stats:?}");
     assert_eq!(relay.workers()[0].restarts, 0);
 }
+
+tests::on_every_ground!(
+    what_no_rule_wants_reaches_the_hosts_own_sockets,
+    a_program_on_an_outputs_port_keeps_its_unicast_traffic,
+    a_program_on_the_host_hears_an_output_only_if_the_rule_says_so,
+    an_output_whose_source_port_is_taken_waits_and_disturbs_no_other,
+);

@@ -11,7 +11,6 @@ use tests::{
 
 const GROUP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 1), 5000);
 
-#[test]
 fn a_group_is_relayed_both_ways_and_each_side_is_exact() {
     let site = Site::build(Plan { segments: 2, sinks: 0, ..Plan::default() });
     let relay = Relay::start(&site);
@@ -51,7 +50,6 @@ fn a_group_is_relayed_both_ways_and_each_side_is_exact() {
     assert_eq!(captures[0].count(GROUP), 2_000);
 }
 
-#[test]
 fn two_interfaces_on_one_segment_do_not_echo() {
     let site = Site::build(Plan { sinks: 0, ..Plan::default() });
     let segment = &site.segments[0];
@@ -75,7 +73,6 @@ fn two_interfaces_on_one_segment_do_not_echo() {
     }
 }
 
-#[test]
 fn a_source_with_an_address_of_ours_is_no_loop_where_we_send_nothing() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -89,7 +86,6 @@ fn a_source_with_an_address_of_ours_is_no_loop_where_we_send_nothing() {
     assert_sequence(&sink.exactly("239.2.2.2:6000".parse().unwrap(), 500), 0..500);
 }
 
-#[test]
 fn a_rule_may_leave_by_the_interface_it_came_in_on() {
     let site = Site::build(Plan { sinks: 0, ..Plan::default() });
     let relay = Relay::start(&site);
@@ -103,3 +99,10 @@ fn a_rule_may_leave_by_the_interface_it_came_in_on() {
     assert_eq!(relay.balanced("turn", 1_000).outputs[0].sent, 1_000);
     assert_sequence(&capture.exactly(to, 1_000), 0..1_000);
 }
+
+tests::on_every_ground!(
+    a_group_is_relayed_both_ways_and_each_side_is_exact,
+    two_interfaces_on_one_segment_do_not_echo,
+    a_source_with_an_address_of_ours_is_no_loop_where_we_send_nothing,
+    a_rule_may_leave_by_the_interface_it_came_in_on,
+);

@@ -6,7 +6,6 @@ use tests::{Relay, Site, wait_until};
 
 const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 1, 1);
 
-#[test]
 fn a_group_is_joined_with_its_first_rule_and_left_with_its_last() {
     let site = Site::default();
     let segment = &site.segments[0];
@@ -24,7 +23,6 @@ fn a_group_is_joined_with_its_first_rule_and_left_with_its_last() {
     assert!(site.groups("in0").is_empty());
 }
 
-#[test]
 fn a_rule_for_one_source_joins_that_source() {
     let site = Site::default();
     let segment = &site.segments[0];
@@ -39,7 +37,6 @@ fn a_rule_for_one_source_joins_that_source() {
     assert!(site.groups("in0").is_empty());
 }
 
-#[test]
 fn a_hundred_groups_are_joined_and_left() {
     let site = Site::default();
     let segment = &site.segments[0];
@@ -69,3 +66,9 @@ fn a_hundred_groups_are_joined_and_left() {
     assert_eq!(site.groups("in0"), left);
     wait_until("the bridge has half of them", tests::wait::PATIENCE, || segment.joined().len() == 50);
 }
+
+tests::on_every_ground!(
+    a_group_is_joined_with_its_first_rule_and_left_with_its_last,
+    a_rule_for_one_source_joins_that_source,
+    a_hundred_groups_are_joined_and_left,
+);

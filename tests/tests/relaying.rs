@@ -68,22 +68,18 @@ fn check(outputs: &[&str]) {
     }
 }
 
-#[test]
 fn one_output_receives_all() {
     check(&["239.2.2.2:6000"]);
 }
 
-#[test]
 fn three_outputs_receive_all() {
     check(&["239.2.2.2:6000", "239.2.2.3:6001", "239.2.2.4:6002"]);
 }
 
-#[test]
 fn a_host_and_a_group_receive_all() {
     check(&["239.2.2.2:6000", "10.78.1.2:6001"]);
 }
 
-#[test]
 fn a_host_where_no_one_listens_disturbs_no_other_output() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -126,7 +122,6 @@ fn headers(outputs: &[&str]) -> Vec<Captured> {
         .collect()
 }
 
-#[test]
 fn an_output_has_the_defaults_that_the_manual_states() {
     let seen = headers(&["239.2.2.2:6000@out0", "239.130.2.3:6001@out1"]);
     for (datagram, sink) in seen.iter().zip(["10.78.0.1", "10.78.1.1"]) {
@@ -138,7 +133,6 @@ fn an_output_has_the_defaults_that_the_manual_states() {
     assert_ne!(seen[0].source.port(), 0);
 }
 
-#[test]
 fn an_output_has_the_ttl_and_dscp_of_its_options() {
     let seen = headers(&[
         "239.2.2.1:6000@out0,ttl=5",
@@ -151,7 +145,6 @@ fn an_output_has_the_ttl_and_dscp_of_its_options() {
     assert_eq!(fields, [(5, 46), (255, 0), (9, 10), (8, 46), (1, 63)]);
 }
 
-#[test]
 fn an_output_has_the_source_of_its_options() {
     let seen = headers(&["239.2.2.1:6000@out0,from=10.78.0.1:7777", "239.2.2.2:6000@out1,from=10.78.1.1"]);
     assert_eq!(seen[0].source, at("10.78.0.1:7777"));
@@ -159,7 +152,6 @@ fn an_output_has_the_source_of_its_options() {
     assert_ne!(seen[1].source.port(), 7777);
 }
 
-#[test]
 fn outputs_that_differ_in_port_or_interface_only_are_two() {
     let seen = headers(&[
         "239.2.2.1:6000@out0",
@@ -183,7 +175,6 @@ fn fed(output: &str, frame: &Udp, n: u64) -> (OutputStats, Vec<Captured>) {
     (stats.outputs[0].clone(), sink.to(at("239.2.2.2:6000")))
 }
 
-#[test]
 fn a_ttl_that_is_used_up_is_a_drop_with_a_reason() {
     let frame = Udp::new(at("10.77.0.2:40000"), group()).ttl(1).payload(b"last hop");
     let (output, seen) = fed("239.2.2.2:6000@out0,ttl=dec", &frame, 100);
@@ -193,7 +184,6 @@ fn a_ttl_that_is_used_up_is_a_drop_with_a_reason() {
     assert_eq!((output.sent, seen.len(), seen[0].ttl), (100, 100, 1));
 }
 
-#[test]
 fn payloads_of_every_size_arrive_whole() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -213,7 +203,6 @@ fn payloads_of_every_size_arrive_whole() {
     assert_eq!(seen.into_iter().map(|datagram| datagram.payload).collect::<Vec<_>>(), payloads);
 }
 
-#[test]
 fn what_exceeds_the_egress_mtu_is_dropped_as_too_big() {
     let site = Site::default();
     site.relay.ip(&["link set out0 mtu 1000"]);
@@ -247,7 +236,6 @@ fn what_exceeds_the_egress_mtu_is_dropped_as_too_big() {
     assert_eq!(lengths(sink1.exactly(at("239.2.2.3:6000"), 4)), [972, 973, 1316, 100]);
 }
 
-#[test]
 fn fragments_are_not_relayed_but_counted() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -262,7 +250,6 @@ fn fragments_are_not_relayed_but_counted() {
     assert_sequence(&sink.exactly(at("239.2.2.2:6000"), 20), 0..20);
 }
 
-#[test]
 fn outputs_come_and_go_while_the_others_lose_nothing() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -291,3 +278,19 @@ fn outputs_come_and_go_while_the_others_lose_nothing() {
     let shown: Vec<_> = stats.outputs.iter().map(|output| (output.to.as_str(), output.sent)).collect();
     assert_eq!(shown, [("239.2.2.2:6000@out0", sent), ("239.2.2.4:6000@out2", late.len() as u64)]);
 }
+
+tests::on_every_ground!(
+    one_output_receives_all,
+    three_outputs_receive_all,
+    a_host_and_a_group_receive_all,
+    a_host_where_no_one_listens_disturbs_no_other_output,
+    an_output_has_the_defaults_that_the_manual_states,
+    an_output_has_the_ttl_and_dscp_of_its_options,
+    an_output_has_the_source_of_its_options,
+    outputs_that_differ_in_port_or_interface_only_are_two,
+    a_ttl_that_is_used_up_is_a_drop_with_a_reason,
+    payloads_of_every_size_arrive_whole,
+    what_exceeds_the_egress_mtu_is_dropped_as_too_big,
+    fragments_are_not_relayed_but_counted,
+    outputs_come_and_go_while_the_others_lose_nothing,
+);

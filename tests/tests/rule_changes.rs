@@ -11,7 +11,6 @@ use tests::{
 const GROUP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 1), 5000);
 const OUTPUT: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 2, 2, 2), 6000);
 
-#[test]
 fn rules_come_and_go_while_another_stream_loses_nothing() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -41,7 +40,6 @@ fn rules_come_and_go_while_another_stream_loses_nothing() {
     assert_eq!(rules.iter().map(|rule| rule.name.as_str()).collect::<Vec<_>>(), ["steady"]);
 }
 
-#[test]
 fn nothing_leaves_after_a_removal_was_answered() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -64,7 +62,6 @@ fn nothing_leaves_after_a_removal_was_answered() {
     source.stop();
 }
 
-#[test]
 fn the_very_same_rule_again_is_unchanged() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -86,7 +83,6 @@ fn the_very_same_rule_again_is_unchanged() {
     assert_sequence(&sink.exactly(OUTPUT, sent as usize), 0..sent);
 }
 
-#[test]
 fn a_rule_without_a_name_is_given_one_that_is_stable() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -101,7 +97,6 @@ fn a_rule_without_a_name_is_given_one_that_is_stable() {
     assert_eq!((third.outcome, third.rule.name), (Outcome::Added, first.rule.name));
 }
 
-#[test]
 fn several_rules_may_feed_one_output_if_each_says_so() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -119,7 +114,6 @@ fn several_rules_may_feed_one_output_if_each_says_so() {
     sink.exactly(OUTPUT, 2_000);
 }
 
-#[test]
 fn what_a_stream_is_doing_is_on_every_screen() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -146,7 +140,6 @@ fn what_a_stream_is_doing_is_on_every_screen() {
     assert_eq!(relay.json::<mcr::api::wire::LogLevelInfo>(&["log-level", "get"]).level, "debug");
 }
 
-#[test]
 fn a_rule_for_any_source_comes_and_goes_beside_one_for_a_source() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -168,7 +161,6 @@ fn a_rule_for_any_source_comes_and_goes_beside_one_for_a_source() {
     assert_sequence(&sink.exactly(OUTPUT, sent as usize), 0..sent);
 }
 
-#[test]
 fn a_rule_for_a_source_takes_its_stream_over_without_loss() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -189,3 +181,14 @@ fn a_rule_for_a_source_takes_its_stream_over_without_loss() {
     assert_sequence(&sink0.exactly(OUTPUT, taken as usize), 0..taken);
     assert_sequence(&sink1.exactly("239.2.2.3:6000".parse().unwrap(), (sent - taken) as usize), taken..sent);
 }
+
+tests::on_every_ground!(
+    rules_come_and_go_while_another_stream_loses_nothing,
+    nothing_leaves_after_a_removal_was_answered,
+    the_very_same_rule_again_is_unchanged,
+    a_rule_without_a_name_is_given_one_that_is_stable,
+    several_rules_may_feed_one_output_if_each_says_so,
+    what_a_stream_is_doing_is_on_every_screen,
+    a_rule_for_any_source_comes_and_goes_beside_one_for_a_source,
+    a_rule_for_a_source_takes_its_stream_over_without_loss,
+);

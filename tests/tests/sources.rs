@@ -43,18 +43,15 @@ fn check_relayed_from(address: &str) {
     assert_eq!(tally.sha256(0), sent.sha256(0));
 }
 
-#[test]
 fn a_source_without_a_route_is_relayed() {
     check_relayed_from("198.51.100.7");
 }
 
-#[test]
 fn a_source_with_an_address_of_the_relay_is_relayed() {
     // That of out1, on another interface than the stream's.
     check_relayed_from("10.78.1.1");
 }
 
-#[test]
 fn a_rule_for_one_source_takes_it_from_the_rule_for_any() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -85,7 +82,6 @@ fn a_rule_for_one_source_takes_it_from_the_rule_for_any() {
     }
 }
 
-#[test]
 fn taking_a_source_from_a_rule_is_said_and_giving_it_back_works() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -105,3 +101,10 @@ fn taking_a_source_from_a_rule_is_said_and_giving_it_back_works() {
     one.exactly("239.2.2.1:6000".parse().unwrap(), 500);
     rest.exactly("239.2.2.3:6000".parse().unwrap(), 700);
 }
+
+tests::on_every_ground!(
+    a_source_without_a_route_is_relayed,
+    a_source_with_an_address_of_the_relay_is_relayed,
+    a_rule_for_one_source_takes_it_from_the_rule_for_any,
+    taking_a_source_from_a_rule_is_said_and_giving_it_back_works,
+);

@@ -60,27 +60,22 @@ fn check(site: &Site, args: &[&str], streams: u8) -> Vec<mcr::api::wire::WorkerI
     workers
 }
 
-#[test]
 fn one_stream_loses_nothing() {
     check(&Site::default(), &[], 1);
 }
 
-#[test]
 fn two_streams_lose_nothing() {
     check(&Site::default(), &[], 2);
 }
 
-#[test]
 fn five_streams_lose_nothing() {
     check(&Site::default(), &[], 5);
 }
 
-#[test]
 fn ten_streams_lose_nothing() {
     check(&Site::default(), &[], 10);
 }
 
-#[test]
 fn fifty_streams_lose_nothing() {
     check(&Site::default(), &[], 50);
 }
@@ -103,3 +98,11 @@ fn one_worker_serves_two_queues() {
     assert_eq!(workers.len(), 1, "{workers:?}");
     assert_eq!(workers[0].queues.iter().copied().collect::<BTreeSet<_>>(), BTreeSet::from([0, 1]));
 }
+
+tests::on_every_ground!(
+    one_stream_loses_nothing,
+    two_streams_lose_nothing,
+    five_streams_lose_nothing,
+    ten_streams_lose_nothing,
+    fifty_streams_lose_nothing,
+);

@@ -250,14 +250,18 @@ pub struct OutputStats {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InterfaceStats {
     pub name: String,
-    /// Frames by the XDP program's verdict, `steered` among them.
+    /// The datapath that these are the counters of: `af-xdp` or `af-packet`.
+    pub datapath: String,
+    /// Frames by the verdict of the XDP program, or of the packet sockets' filter; `steered` among them.
     pub verdicts: BTreeMap<String, u64>,
     /// Frames that the workers took out of their sockets: `steered = received + dropped`, once nothing
     /// is in flight.
     pub received: u64,
-    /// `rx_ring_full`, `fill_ring_empty` and the other losses of the sockets, `worker_died`.
+    /// `rx_ring_full`, `fill_ring_empty`, `packet_ring_full` and the other losses of the sockets,
+    /// `worker_died`.
     pub dropped: BTreeMap<String, u64>,
-    /// Frames received whose rule was gone by then, or that a worker's parser refused.
+    /// Frames received whose rule was gone by then (`no_rule`), that a worker's parser refused, that came
+    /// without their end (`cut`), or that a worker held when it died (`worker_died`).
     pub discarded: BTreeMap<String, u64>,
 }
 
@@ -270,10 +274,12 @@ pub struct WorkerList {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkerInfo {
-    /// `INTERFACE/INDEX`.
+    /// `INTERFACE/xdpN` or `INTERFACE/packetN`.
     pub id: String,
     pub interface: String,
     pub datapath: String,
+    /// Why this datapath, and what of its traffic the host itself still sees.
+    pub why: String,
     pub queues: Vec<u32>,
     pub cpu: Option<u32>,
     /// Absent while it is being restarted.

@@ -21,6 +21,9 @@ pub struct Args {
     /// Datapath of rules that name none: auto, redirect, af-xdp or af-packet
     #[arg(long, value_name = "DATAPATH", default_value = "auto", value_parser = str::parse::<DatapathChoice>)]
     datapath: DatapathChoice,
+    /// Let generic XDP stand in for af-xdp on interfaces without native XDP: slower than af-packet
+    #[arg(long)]
+    generic_xdp: bool,
     /// Workers per ingress interface [default: as many as it has RX queues, at most 4]
     #[arg(long, value_name = "N")]
     workers: Option<NonZeroU32>,
@@ -60,6 +63,7 @@ impl From<Args> for Settings {
     fn from(args: Args) -> Self {
         Self {
             datapath: args.datapath,
+            generic_xdp: args.generic_xdp,
             workers: args.workers,
             cpus: args.cpus.map(|CpuList(cpus)| cpus),
             control: args.control,
@@ -117,11 +121,12 @@ mod tests {
     #[test]
     fn arguments_become_settings() {
         let given = settings(
-            "--datapath af-xdp --workers 2 --cpus 6,0-3 --control /tmp/s --pin-root /tmp/bpf --source-port 7000 \
+            "--datapath af-xdp --generic-xdp --workers 2 --cpus 6,0-3 --control /tmp/s --pin-root /tmp/bpf --source-port 7000 \
              --max-rules 10 --bpf-object a.o --log-format json --log-level debug",
         );
         let expected = Settings {
             datapath: DatapathChoice(Some(Datapath::AfXdp)),
+            generic_xdp: true,
             workers: NonZeroU32::new(2),
             cpus: Some(vec![0, 1, 2, 3, 6]),
             control: "/tmp/s".into(),

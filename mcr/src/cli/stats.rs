@@ -129,6 +129,7 @@ fn interfaces(interfaces: &[InterfaceStats], width: u16) -> String {
             let steered = verdicts.remove("steered").unwrap_or(0);
             vec![
                 interface.name.clone(),
+                interface.datapath.clone(),
                 count(steered),
                 count(interface.received),
                 reasons(&interface.dropped),
@@ -139,8 +140,8 @@ fn interfaces(interfaces: &[InterfaceStats], width: u16) -> String {
         .collect();
     table(
         width,
-        &["INTERFACE", "STEERED", "RECEIVED", "DROPPED", "DISCARDED", "OTHER VERDICTS"],
-        &[1, 2],
+        &["INTERFACE", "DATAPATH", "STEERED", "RECEIVED", "DROPPED", "DISCARDED", "OTHER VERDICTS"],
+        &[2, 3],
         rows,
     )
 }
@@ -190,6 +191,7 @@ mod tests {
     fn the_worst_rule_stands_first() {
         let interface = InterfaceStats {
             name: "eth0".to_owned(),
+            datapath: "af-xdp".to_owned(),
             verdicts: [("steered".to_owned(), 20_010), ("fragment".to_owned(), 3)].into(),
             received: 20_000,
             dropped: [("rx_ring_full".to_owned(), 10)].into(),
@@ -208,8 +210,8 @@ cam2  239.1.1.1:5000@eth0              10,000  13.2 MB  1.0 k/s  0
 cam1  239.1.1.1:5000@eth0              10,000  13.2 MB  1.0 k/s  0
       -> 239.2.2.2:6000@eth1,ttl=8      9,000  11.8 MB  1.0 k/s  0
 
-INTERFACE  STEERED  RECEIVED  DROPPED          DISCARDED  OTHER VERDICTS
-eth0        20,010    20,000  10 rx_ring_full  0          3 fragment
+INTERFACE  DATAPATH  STEERED  RECEIVED  DROPPED          DISCARDED  OTHER VERDICTS
+eth0       af-xdp     20,010    20,000  10 rx_ring_full  0          3 fragment
 "
         );
     }

@@ -1,5 +1,7 @@
 //! `mcr workers`: who does the work.
 
+use std::collections::BTreeSet;
+
 use super::{
     remote::Remote,
     text::{count, ranges, rate, table},
@@ -26,7 +28,13 @@ fn render(list: &WorkerList, width: u16) -> String {
     if list.workers.is_empty() {
         return "no workers: an interface gets its own with its first rule\n".to_owned();
     }
-    table(width, &HEADER, &[3, 4, 6, 7, 8], list.workers.iter().map(row).collect())
+    let mut text = table(width, &HEADER, &[3, 4, 6, 7, 8], list.workers.iter().map(row).collect());
+    let why =
+        |worker: &WorkerInfo| [&worker.interface, &worker.datapath, &worker.why].map(Clone::clone).to_vec();
+    let reasons: BTreeSet<_> = list.workers.iter().map(why).collect();
+    text.push('\n');
+    text.push_str(&table(width, &["INTERFACE", "DATAPATH", "WHY"], &[], reasons.into_iter().collect()));
+    text
 }
 
 fn row(worker: &WorkerInfo) -> Vec<String> {
@@ -51,9 +59,10 @@ mod tests {
 
     fn worker(index: u32) -> WorkerInfo {
         WorkerInfo {
-            id: format!("eth0/{index}"),
+            id: format!("eth0/xdp{index}"),
             interface: "eth0".to_owned(),
             datapath: "af-xdp".to_owned(),
+            why: "auto takes native XDP".to_owned(),
             queues: vec![0, 1, 2, 5],
             cpu: Some(index),
             pid: Some(1000 + index),
@@ -79,9 +88,12 @@ mod tests {
         assert_eq!(
             render(&list, 100),
             "\
-WORKER  DATAPATH  QUEUES  CPU   PID  STATE        RECEIVED      RATE  RESTARTS  LAST EXIT
-eth0/0  af-xdp    0-2,5     0  1000  running     1,234,567  12.3 k/s         0  -
-eth0/1  af-xdp    0-2,5     -     -  restarting  1,234,567  12.3 k/s         2  signal 9
+WORKER     DATAPATH  QUEUES  CPU   PID  STATE        RECEIVED      RATE  RESTARTS  LAST EXIT
+eth0/xdp0  af-xdp    0-2,5     0  1000  running     1,234,567  12.3 k/s         0  -
+eth0/xdp1  af-xdp    0-2,5     -     -  restarting  1,234,567  12.3 k/s         2  signal 9
+
+INTERFACE  DATAPATH  WHY
+eth0       af-xdp    auto takes native XDP
 "
         );
     }

@@ -10,7 +10,9 @@ use crate::{
         self, Error, Health, InterfaceStats, OutputInfo, OutputStats, RuleCounts, RuleInfo, RuleList,
         RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList, timestamp,
     },
-    rule::{InterfaceName, Output, OutputSlot},
+    datapath,
+    ebpf::Steering,
+    rule::{Datapath, DatapathChoice, InterfaceName, Output, OutputSlot},
     ruleset::Entry,
     supervisor::{event::WorkerId, run::Daemon, state::Problem},
     worker::ledger::DropReason,
@@ -48,21 +50,27 @@ impl Daemon {
                 None => (Health::Active, None),
             },
         };
-        let decision = self.state.datapath(entry);
-        let attached = self.state.is_attached(&rule.input.interface);
+        let datapath = self.state.datapath_of(rule);
+        let served = self.state.serves(&rule.input.interface, datapath);
         RuleInfo {
             name: rule.name.to_string(),
             origin: entry.origin.to_string(),
             input: rule.input.to_string(),
             outputs,
-            datapath: decision.as_ref().filter(|_| attached).map(|(datapath, _)| datapath.to_string()),
+            datapath: served.then(|| datapath.to_string()),
             datapath_asked: rule.datapath.to_string(),
-            datapath_why: decision.map(|(_, why)| why).unwrap_or_default(),
+            datapath_why: self.explain(&rule.input.interface, datapath, rule.datapath),
             merge: rule.merge,
             link_local: rule.link_local,
             health,
             reason,
         }
+    }
+
+    /// Why a datapath is in use on an interface, and what the host still sees.
+    fn explain(&self, interface: &InterfaceName, datapath: Datapath, asked: DatapathChoice) -> String {
+        let generic = self.programs.get(interface).is_some_and(Steering::is_generic);
+        datapath::explain(datapath, asked, generic, self.state.no_xdp(interface).as_deref())
     }
 
     fn output_info(&self, output: &Output) -> OutputInfo {
@@ -81,14 +89,18 @@ impl Daemon {
             time: timestamp(SystemTime::now()),
             since: timestamp(self.since),
             rules,
-            interfaces: self.interfaces().iter().map(|interface| self.interface_stats(interface)).collect(),
+            interfaces: self.interface_list(),
             workers: self.worker_list().workers,
         })
     }
 
-    /// Interfaces that a program is or was attached to.
-    fn interfaces(&self) -> BTreeSet<InterfaceName> {
-        self.programs.keys().cloned().chain(self.books.interfaces()).collect()
+    /// Interfaces that are or were served, by datapath.
+    fn interface_list(&self) -> Vec<InterfaceStats> {
+        let both = [Datapath::AfXdp, Datapath::AfPacket];
+        let serving = self.programs.keys().flat_map(|name| both.map(|datapath| (name.clone(), datapath)));
+        let serving = serving.filter(|(name, datapath)| self.state.serves(name, *datapath));
+        let all: BTreeSet<_> = serving.chain(self.books.interfaces()).collect();
+        all.iter().map(|(name, datapath)| self.interface_stats(name, *datapath)).collect()
     }
 
     fn rule_stats(&self, entry: &Entry) -> RuleStats {
@@ -124,10 +136,11 @@ impl Daemon {
         }
     }
 
-    fn interface_stats(&self, interface: &InterfaceName) -> InterfaceStats {
-        let totals = self.books.interface(interface, &self.programs);
+    fn interface_stats(&self, interface: &InterfaceName, datapath: Datapath) -> InterfaceStats {
+        let totals = self.books.interface(interface, datapath, &self.programs);
         InterfaceStats {
             name: interface.to_string(),
+            datapath: datapath.to_string(),
             verdicts: totals.verdicts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect(),
             received: totals.received,
             dropped: nonzero([
@@ -136,8 +149,14 @@ impl Daemon {
                 // The kernel counts frames without a free chunk among these too.
                 ("socket_dropped", totals.rx_dropped.saturating_sub(totals.fill_ring_empty)),
                 ("worker_died", totals.worker_died),
+                ("packet_ring_full", totals.packet_ring_full),
             ]),
-            discarded: nonzero([("no_rule", totals.no_rule), ("refused", totals.refused)]),
+            discarded: nonzero([
+                ("no_rule", totals.no_rule),
+                ("refused", totals.refused.saturating_sub(totals.cut)),
+                ("cut", totals.cut),
+                ("worker_died", totals.held),
+            ]),
         }
     }
 
@@ -155,8 +174,9 @@ impl Daemon {
         WorkerInfo {
             id: id.to_string(),
             interface: id.interface.to_string(),
-            datapath: "af-xdp".to_owned(),
-            queues: spec.as_ref().map(|spec| spec.queues.clone()).unwrap_or_default(),
+            datapath: id.datapath.to_string(),
+            why: self.explain(&id.interface, id.datapath, self.asked_of(id)),
+            queues: spec.as_ref().map(|spec| spec.source.queues().to_vec()).unwrap_or_default(),
             cpu: spec.and_then(|spec| spec.cpu),
             pid: running.and_then(|_| self.workers.get(id)).map(|worker| worker.pid),
             state: if running.is_some() { "running" } else { "restarting" }.to_owned(),
@@ -165,6 +185,16 @@ impl Daemon {
             received: self.books.worker_received(id),
             received_pps: self.books.worker_rates.get(id),
         }
+    }
+
+    /// Whether somebody asked for a worker's datapath by name, or `auto` chose it.
+    fn asked_of(&self, id: &WorkerId) -> DatapathChoice {
+        let rules = self.state.rules().iter().map(|entry| &entry.rule);
+        let mut its = rules.filter(|rule| {
+            rule.input.interface == id.interface && self.state.datapath_of(rule) == id.datapath
+        });
+        let by_auto = its.any(|rule| rule.datapath.0.is_none());
+        DatapathChoice((!by_auto).then_some(id.datapath))
     }
 
     pub fn status(&self) -> Status {
@@ -210,7 +240,7 @@ impl Daemon {
             add(stats.dropped);
             stats.outputs.into_iter().for_each(|output| add(output.dropped));
         }
-        self.interfaces().iter().for_each(|interface| add(self.interface_stats(interface).dropped));
+        self.interface_list().into_iter().for_each(|interface| add(interface.dropped));
         all
     }
 }

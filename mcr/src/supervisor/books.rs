@@ -10,9 +10,12 @@ use std::{
     time::Instant,
 };
 
+use mcr_common::abi::verdicts_of;
+
 use crate::{
     ebpf::Steering,
-    rule::{InterfaceName, OutputSlot, QueueId, RuleSlot},
+    net::packet_socket::PacketStatistics,
+    rule::{Datapath, InterfaceName, OutputSlot, QueueId, RuleSlot},
     ruleset::Entry,
     supervisor::{
         event::WorkerId,
@@ -52,8 +55,12 @@ pub struct InterfaceTotals {
     pub fill_ring_empty: u64,
     pub rx_ring_full: u64,
     pub worker_died: u64,
+    /// Admitted by the filter to a packet socket whose ring was full.
+    pub packet_ring_full: u64,
     pub no_rule: u64,
     pub refused: u64,
+    pub cut: u64,
+    pub held: u64,
 }
 
 /// A counter's value a second ago, and how fast it went on since the one before.
@@ -91,14 +98,19 @@ impl<K: std::hash::Hash + Eq> Rates<K> {
 
 pub struct Books {
     layout: Layout,
+    /// Nothing in the kernel counts rules: what a worker saw is all that is known.
+    without_bpf: bool,
     ledgers: BTreeMap<WorkerId, (Ledger, OwnedFd)>,
     /// What a slot had counted when its rule or output got it.
     rule_bases: HashMap<RuleSlot, RuleTotals>,
     output_bases: HashMap<OutputSlot, OutputTotals>,
     /// What programs counted that are no longer attached.
     former_rules: HashMap<RuleSlot, RuleTotals>,
-    former_verdicts: BTreeMap<InterfaceName, BTreeMap<&'static str, u64>>,
+    former_verdicts: BTreeMap<(InterfaceName, Datapath), BTreeMap<&'static str, u64>>,
     former_steered: BTreeMap<(InterfaceName, QueueId), u64>,
+    /// What the kernel counted of each packet socket that there is, and of those that there were.
+    packets: BTreeMap<WorkerId, PacketStatistics>,
+    former_packets: BTreeMap<WorkerId, PacketStatistics>,
     sampled: Instant,
     pub rule_rates: Rates<RuleSlot>,
     pub output_rates: Rates<OutputSlot>,
@@ -106,19 +118,27 @@ pub struct Books {
     pub worker_rates: Rates<WorkerId>,
 }
 
-/// The attached programs by interface.
+/// Which program counts the frames of a datapath.
+fn verdicts_of(datapath: Datapath) -> u32 {
+    if datapath == Datapath::AfPacket { verdicts_of::FILTER } else { verdicts_of::XDP }
+}
+
+/// The prepared interfaces.
 pub type Programs = BTreeMap<InterfaceName, Steering>;
 
 impl Books {
-    pub fn new(layout: Layout) -> Self {
+    pub fn new(layout: Layout, without_bpf: bool) -> Self {
         Self {
             layout,
+            without_bpf,
             ledgers: BTreeMap::new(),
             rule_bases: HashMap::new(),
             output_bases: HashMap::new(),
             former_rules: HashMap::new(),
             former_verdicts: BTreeMap::new(),
             former_steered: BTreeMap::new(),
+            packets: BTreeMap::new(),
+            former_packets: BTreeMap::new(),
             sampled: Instant::now(),
             rule_rates: Rates::default(),
             output_rates: Rates::default(),
@@ -177,7 +197,11 @@ impl Books {
             let counters = ledger.rule(slot);
             totals.received += counters.received.get();
             totals.received_bytes += counters.received_bytes.get();
+            totals.looped += counters.looped.get();
             totals.last_seen_ns = totals.last_seen_ns.max(counters.last_seen_ns.get());
+        }
+        if self.without_bpf {
+            totals.matched = totals.received + totals.looped;
         }
         totals
     }
@@ -210,17 +234,24 @@ impl Books {
         totals
     }
 
-    pub fn interface(&self, interface: &InterfaceName, programs: &Programs) -> InterfaceTotals {
-        let mut totals = InterfaceTotals {
-            verdicts: self.former_verdicts.get(interface).cloned().unwrap_or_default(),
-            ..InterfaceTotals::default()
-        };
-        if let Some(Ok(verdicts)) = programs.get(interface).map(Steering::verdicts) {
+    /// What a datapath made of an interface's frames.
+    pub fn interface(
+        &self,
+        interface: &InterfaceName,
+        datapath: Datapath,
+        programs: &Programs,
+    ) -> InterfaceTotals {
+        let former = self.former_verdicts.get(&(interface.clone(), datapath));
+        let mut totals =
+            InterfaceTotals { verdicts: former.cloned().unwrap_or_default(), ..InterfaceTotals::default() };
+        let counted_by = verdicts_of(datapath);
+        if let Some(Ok(verdicts)) = programs.get(interface).map(|program| program.verdicts(counted_by)) {
             for (name, count) in verdicts {
                 *totals.verdicts.entry(name).or_default() += count;
             }
         }
-        for (_, (ledger, _)) in self.ledgers.iter().filter(|(id, _)| id.interface == *interface) {
+        let its = |id: &WorkerId| id.interface == *interface && id.datapath == datapath;
+        for (_, (ledger, _)) in self.ledgers.iter().filter(|(id, _)| its(id)) {
             for index in 0..self.layout.queues as usize {
                 let queue = ledger.queue(index);
                 totals.received += queue.received.get();
@@ -230,14 +261,41 @@ impl Books {
                 totals.worker_died += queue.worker_died.get();
                 totals.no_rule += queue.no_rule.get();
                 totals.refused += queue.refused.get();
+                totals.cut += queue.cut.get();
+                totals.held += queue.held.get();
             }
+        }
+        let packets = self.packets.iter().chain(&self.former_packets).filter(|(id, _)| its(id));
+        let (admitted, dropped) = packets.fold((0, 0), |(admitted, dropped), (_, counted)| {
+            (admitted + counted.admitted, dropped + counted.dropped)
+        });
+        totals.packet_ring_full = dropped;
+        if totals.verdicts.is_empty() {
+            // Without eBPF this is all that the kernel tells.
+            totals.verdicts.insert("steered", admitted);
         }
         totals
     }
 
-    /// Interfaces of which something was counted.
-    pub fn interfaces(&self) -> impl Iterator<Item = InterfaceName> + '_ {
-        self.ledgers.keys().map(|id| id.interface.clone()).chain(self.former_verdicts.keys().cloned())
+    /// Interfaces of which something was counted, with their datapaths.
+    pub fn interfaces(&self) -> impl Iterator<Item = (InterfaceName, Datapath)> + '_ {
+        self.ledgers
+            .keys()
+            .map(|id| (id.interface.clone(), id.datapath))
+            .chain(self.former_verdicts.keys().cloned())
+    }
+
+    /// Takes note of what the kernel counted of a packet socket.
+    pub fn packets_counted(&mut self, id: &WorkerId, counted: PacketStatistics) {
+        self.packets.insert(id.clone(), counted);
+    }
+
+    /// Keeps what the kernel counted of a packet socket that is about to be closed.
+    pub fn packet_socket_ends(&mut self, id: &WorkerId) {
+        let last = self.packets.remove(id).unwrap_or_default();
+        let former = self.former_packets.entry(id.clone()).or_default();
+        former.admitted += last.admitted;
+        former.dropped += last.dropped;
     }
 
     /// Frames that a worker took out of its sockets.
@@ -256,7 +314,8 @@ impl Books {
             let accounted = counters.sent.get() + counters.dropped_total();
             counters.drop(DropReason::WorkerDied, counters.received.get().saturating_sub(accounted));
         }
-        let queues = running.spec.as_ref().map_or(&[][..], |spec| &spec.queues);
+        self.count_held(ledger);
+        let queues = running.spec.as_ref().map_or(&[][..], |spec| spec.source.queues());
         for (index, &queue) in queues.iter().enumerate() {
             let steered = self.steered(&id.interface, QueueId(queue), programs);
             let counters = ledger.queue(index);
@@ -266,6 +325,20 @@ impl Books {
                 + counters.worker_died.get();
             counters.worker_died.add(steered.saturating_sub(accounted));
         }
+    }
+
+    /// Counts the datagrams that a dead worker had taken out of its sockets and no rule had counted yet.
+    fn count_held(&self, ledger: &Ledger) {
+        let counted_by_rules: u64 = (0..self.layout.rules)
+            .map(|slot| ledger.rule(RuleSlot(slot)))
+            .map(|rule| rule.received.get() + rule.looped.get())
+            .sum();
+        let mut received = 0;
+        for queue in (0..self.layout.queues as usize).map(|index| ledger.queue(index)) {
+            let discarded = queue.no_rule.get() + queue.refused.get() + queue.held.get();
+            received += (queue.received.get() + queue.segments.get()).saturating_sub(discarded);
+        }
+        ledger.queue(0).held.add(received.saturating_sub(counted_by_rules));
     }
 
     fn steered(&self, interface: &InterfaceName, queue: QueueId, programs: &Programs) -> u64 {
@@ -283,10 +356,14 @@ impl Books {
                 former.looped += counters.looped;
             }
         }
-        if let Ok(verdicts) = program.verdicts() {
-            let former = self.former_verdicts.entry(interface.clone()).or_default();
-            for (name, count) in verdicts {
-                *former.entry(name).or_default() += count;
+        for datapath in [Datapath::AfXdp, Datapath::AfPacket] {
+            let served = self.ledgers.keys().any(|id| id.interface == *interface && id.datapath == datapath);
+            let Ok(verdicts) = program.verdicts(verdicts_of(datapath)) else { continue };
+            if served {
+                let former = self.former_verdicts.entry((interface.clone(), datapath)).or_default();
+                for (name, count) in verdicts {
+                    *former.entry(name).or_default() += count;
+                }
             }
         }
         for queue in (0..self.layout.queues).map(QueueId) {

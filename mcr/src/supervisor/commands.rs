@@ -64,6 +64,9 @@ impl Daemon {
     }
 
     async fn perform(&mut self, request: Request) -> Answer {
+        if matches!(request, Request::Stats(_) | Request::Status) {
+            self.read_packet_statistics();
+        }
         match request {
             Request::Ping => json(&Pong {
                 schema: SCHEMA,
@@ -122,7 +125,7 @@ impl Daemon {
         if asked.0.is_none() {
             asked = self.settings.datapath;
         }
-        datapath::choose(asked).map_err(refused)?;
+        datapath::check_built(asked).map_err(refused)?;
         Ok(asked)
     }
 

@@ -6,20 +6,22 @@ use mcr_common::flow::{FlowKey4, FlowValue};
 
 use crate::{
     net::{egress_socket::EgressKey, links::Links, membership::Membership},
-    rule::{IfIndex, InterfaceName, RuleSlot},
-    worker::protocol::CompiledRule,
+    rule::{Datapath, IfIndex, InterfaceName, RuleSlot},
+    worker::protocol::{CompiledRule, PacketRing},
 };
 
-/// A worker: its interface, and its place among the interface's workers.
+/// A worker: its interface and datapath, and its place among their workers.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerId {
     pub interface: InterfaceName,
+    pub datapath: Datapath,
     pub index: u32,
 }
 
 impl fmt::Display for WorkerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.interface, self.index)
+        let kind = if self.datapath == Datapath::AfPacket { "packet" } else { "xdp" };
+        write!(f, "{}/{kind}{}", self.interface, self.index)
     }
 }
 
@@ -27,9 +29,34 @@ impl fmt::Display for WorkerId {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSpec {
     pub ifindex: IfIndex,
-    pub queues: Vec<u32>,
     pub cpu: Option<u32>,
-    pub chunk_bytes: u32,
+    pub source: FrameSource,
+}
+
+/// Where a worker's frames come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrameSource {
+    /// RX queues, with UMEMs of such chunks.
+    AfXdp { queues: Vec<u32>, chunk_bytes: u32 },
+    /// The worker's packet socket.
+    AfPacket,
+}
+
+impl FrameSource {
+    /// RX queues, none of a packet socket.
+    pub fn queues(&self) -> &[u32] {
+        match self {
+            Self::AfXdp { queues, .. } => queues,
+            Self::AfPacket => &[],
+        }
+    }
+}
+
+/// The packet sockets of an interface. They are made before any flow is theirs, and stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fanout {
+    pub sockets: u32,
+    pub ring: PacketRing,
 }
 
 /// What happens beside the operator's commands.
@@ -57,10 +84,20 @@ pub enum Failure {
 /// What is to be done, in the order in which it is said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Load the program for an interface and attach it.
+    /// Make an interface's maps.
+    Prepare {
+        interface: InterfaceName,
+    },
+    /// Attach the XDP program to a prepared interface.
     Attach {
         interface: InterfaceName,
     },
+    /// Open the packet sockets of a prepared interface.
+    OpenFanout {
+        interface: InterfaceName,
+        fanout: Fanout,
+    },
+    /// Give up all that an interface was prepared with.
     Detach {
         interface: InterfaceName,
     },
@@ -69,7 +106,7 @@ pub enum Effect {
         id: WorkerId,
         spec: WorkerSpec,
     },
-    /// Put a worker's sockets into the XSKMAP: it has its rules.
+    /// Put a worker's AF_XDP sockets into the XSKMAP: it has its rules.
     Steer {
         id: WorkerId,
     },

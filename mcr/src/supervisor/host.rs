@@ -15,12 +15,16 @@ use anyhow::{Context, bail};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CpuSet, sched_getaffinity},
-    sys::statfs::{FsType, statfs},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        statfs::{FsType, statfs},
+    },
     unistd::Pid,
 };
 use tracing::warn;
 
 use crate::{
+    datapath::budget::HostLimits,
     ebpf::Object,
     sys::{multicast, privileges},
     worker::ring::Ring,
@@ -78,15 +82,37 @@ pub fn check_bpf(object: &Object) -> anyhow::Result<()> {
     tracing::debug!("{}", super::run::one_line(&error));
     let why = crate::ebpf::last_words(&error);
     bail!(
-        "the XDP program cannot be loaded ({why}): mcr needs {LEAST_KERNEL} with bpf() allowed, and CAP_BPF"
+        "no eBPF program can be loaded ({why}): that needs {LEAST_KERNEL} with bpf() allowed, and CAP_BPF; \
+         without, --datapath af-packet works with a classic filter"
     )
+}
+
+/// What this host gives for frames and sockets. As many descriptors as may be had are taken.
+pub fn limits() -> HostLimits {
+    let locked = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(libc::RLIM_INFINITY, |(soft, _)| soft);
+    let unlimited = locked == libc::RLIM_INFINITY || privileges::locks_memory();
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, hard)| {
+        if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
+    });
+    let memory_bytes = available_memory().unwrap_or(u64::MAX);
+    HostLimits { locked_bytes: (!unlimited).then_some(locked), memory_bytes, descriptors }
+}
+
+/// `MemAvailable` of `/proc/meminfo`.
+fn available_memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
 }
 
 /// Claims this network namespace under a pin root, mounts a bpffs if there is none, and clears what a
 /// killed daemon left: its pins, and with them its programs.
-pub fn claim_namespace(pin_root: &Path) -> anyhow::Result<Namespace> {
+pub fn claim_namespace(pin_root: &Path, has_bpf: bool) -> anyhow::Result<Namespace> {
     let lock = lock_namespace(pin_root)?;
-    ensure_bpffs(pin_root)?;
+    if has_bpf {
+        ensure_bpffs(pin_root)?;
+    }
     let cookie = multicast::netns_cookie(&lock)
         .context("the network namespace has no cookie: mcr needs Linux 5.14")?;
     let pins = pin_root.join(cookie.to_string());

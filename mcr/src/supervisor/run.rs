@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -21,29 +21,42 @@ use crate::{
         server::{self, Call},
         socket::{self, ControlLock},
     },
-    datapath::{self, af_xdp},
+    datapath::{self, af_packet, af_xdp, budget},
     ebpf::{self, Object, Placement, Steering},
     net::{
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
         membership::Memberships,
+        packet_socket::PacketSocket,
     },
-    rule::{InterfaceName, QueueId},
-    ruleset::OUTPUTS_PER_RULE,
+    rule::{Datapath, DatapathChoice, InterfaceName, QueueId},
+    ruleset::{Entry, OUTPUTS_PER_RULE},
     supervisor::{
         books::{Books, Programs},
-        event::{Effect, Event, Failure, WorkerId, WorkerSpec},
+        event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
         host::{self, Namespace},
         log::LogControl,
         settings::Settings,
         state::{Limits, State},
         worker_process::{End, WorkerProcess},
     },
-    worker::{ledger::Layout, protocol::Setup},
+    sys::ethtool,
+    worker::{
+        ledger::Layout,
+        protocol::{Ingress, PacketRing, Setup},
+    },
 };
 
 /// Calls that wait for the supervisor.
 const CALLS: usize = 256;
+
+/// A worker's packet socket.
+pub struct PacketIngress {
+    pub socket: PacketSocket,
+    ring: PacketRing,
+    /// What the worker's ledger had received when the socket was made.
+    base: u64,
+}
 
 /// Everything that the supervisor owns.
 pub struct Daemon {
@@ -54,6 +67,7 @@ pub struct Daemon {
     pub log: LogControl,
     pub since: SystemTime,
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
+    pub packet_sockets: BTreeMap<WorkerId, PacketIngress>,
     object: Object,
     memberships: Memberships,
     pins: PathBuf,
@@ -68,8 +82,14 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     host::check_capabilities()?;
     let object = Object::open(settings.bpf_object.as_deref())?;
     host::check_io_uring()?;
-    host::check_bpf(&object)?;
-    datapath::choose(settings.datapath)?;
+    datapath::check_built(settings.datapath)?;
+    let no_bpf = host::check_bpf(&object).err().map(|error| format!("{error:#}"));
+    let named = settings.datapath.0;
+    match &no_bpf {
+        Some(why) if named == Some(Datapath::AfXdp) => anyhow::bail!("{why}"),
+        Some(why) if named.is_none() => warn!("every rule goes by af-packet, with a classic filter: {why}"),
+        _ => {}
+    }
     let cpus = match &settings.cpus {
         Some(cpus) => {
             host::check_cpus(cpus)?;
@@ -77,19 +97,23 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         }
         None => host::default_cpus(),
     };
+    let limits = Limits {
+        max_rules: settings.max_rules,
+        workers: settings.workers.map(std::num::NonZeroU32::get),
+        cpus,
+        source_port: 0,
+        host: host::limits(),
+        no_bpf,
+    };
+    check_budget(&limits, named)?;
     let lock = ControlLock::acquire(&settings.control)?;
-    let namespace = host::claim_namespace(&settings.pin_root)?;
+    let namespace = host::claim_namespace(&settings.pin_root, limits.no_bpf.is_none())?;
     let source_port =
         SourcePort::hold(settings.source_port).with_context(|| source_port_refused(settings.source_port))?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock)?)?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
 
-    let limits = Limits {
-        max_rules: settings.max_rules,
-        workers: settings.workers.map(std::num::NonZeroU32::get),
-        cpus,
-        source_port: source_port.get(),
-    };
+    let limits = Limits { source_port: source_port.get(), ..limits };
     let layout = Layout {
         queues: af_xdp::MAX_QUEUES,
         rules: limits.max_rules,
@@ -98,12 +122,13 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     let (events, incoming) = mpsc::unbounded_channel();
     let (ends, ended) = mpsc::unbounded_channel();
     let mut daemon = Daemon {
+        books: Books::new(layout, limits.no_bpf.is_some()),
         state: State::new(limits),
         programs: Programs::new(),
-        books: Books::new(layout),
         log,
         since: SystemTime::now(),
         workers: BTreeMap::new(),
+        packet_sockets: BTreeMap::new(),
         object,
         memberships: Memberships::default(),
         pins: namespace.pins.clone(),
@@ -120,6 +145,25 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     );
     daemon.serve(listener, links, incoming, ended).await?;
     leave(namespace, lock);
+    Ok(())
+}
+
+/// Refuses to start where not even one interface with one RX queue a worker would fit.
+fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<()> {
+    const ETHERNET_MTU: u32 = 1500;
+    let workers = limits.workers.unwrap_or(1);
+    limits.host.check_descriptors(workers, limits.max_rules)?;
+    let packet = limits.host.check(&budget::rings(workers, af_packet::ring(ETHERNET_MTU)), 0, 0);
+    let xdp = af_xdp::chunk_bytes(ETHERNET_MTU)
+        .map(|chunk| limits.host.check(&budget::umems(workers, chunk), 0, 0))?;
+    match (datapath, xdp) {
+        (Some(Datapath::AfXdp), xdp) => xdp?,
+        (None, Err(shortfall)) => {
+            packet?;
+            warn!("rules with --datapath auto go by af-packet: {shortfall}");
+        }
+        _ => packet?,
+    }
     Ok(())
 }
 
@@ -172,7 +216,13 @@ impl Daemon {
                 Some(event) = incoming.recv() => self.take(event).await,
                 Some(end) = ended.recv() => self.bury(end).await,
                 () = links.changed() => self.read_links(&links).await,
-                _ = second.tick() => self.books.sample(&self.state),
+                _ = second.tick() => {
+                    self.read_packet_statistics();
+                    self.books.sample(&self.state);
+                    if self.queues_changed() {
+                        self.read_links(&links).await;
+                    }
+                }
             }
         }
 
@@ -186,6 +236,23 @@ impl Daemon {
         }
         self.take(Event::Stop).await;
         Ok(())
+    }
+
+    /// Whether an interface that rules come in on has another number of RX queues: netlink does not tell.
+    fn queues_changed(&self) -> bool {
+        let inputs: BTreeSet<_> =
+            self.state.rules().iter().map(|entry| &entry.rule.input.interface).collect();
+        let links = inputs.into_iter().filter_map(|name| Some((name, self.state.links().get(name)?)));
+        links
+            .into_iter()
+            .any(|(name, link)| ethtool::rx_queues(name).is_some_and(|queues| queues != link.rx_queues))
+    }
+
+    /// Takes note of what the kernel counted of the packet sockets.
+    pub fn read_packet_statistics(&mut self) {
+        for (id, ingress) in &mut self.packet_sockets {
+            self.books.packets_counted(id, ingress.socket.statistics());
+        }
     }
 
     async fn read_links(&mut self, watch: &LinkWatch) {
@@ -220,6 +287,9 @@ impl Daemon {
                 }
                 (Some(before), Some(now)) if before.mtu != now.mtu => {
                     info!(%interface, mtu = now.mtu, "MTU changed");
+                }
+                (Some(before), Some(now)) if before.rx_queues != now.rx_queues => {
+                    info!(%interface, queues = now.rx_queues, "number of RX queues changed");
                 }
                 _ => {}
             }
@@ -263,8 +333,7 @@ impl Daemon {
                 match self.execute(&effect).await {
                     Ok(()) => self.state.done(&effect),
                     Err(failure) => {
-                        let (Failure::Refused(why) | Failure::Worker { why, .. }) = &failure;
-                        warn!("{why}");
+                        self.warn_of(&effect, &failure);
                         self.state.failed(&effect, failure);
                         break;
                     }
@@ -273,11 +342,38 @@ impl Daemon {
         }
     }
 
+    fn warn_of(&self, effect: &Effect, failure: &Failure) {
+        let (Failure::Refused(why) | Failure::Worker { why, .. }) = failure;
+        match effect {
+            Effect::Attach { interface } => {
+                let known = self.state.no_xdp(interface).as_ref() == Some(why);
+                let of_interface = |entry: &&Entry| entry.rule.input.interface == *interface;
+                let mut rules = self.state.rules().iter().filter(of_interface);
+                if rules.any(|entry| entry.rule.datapath == DatapathChoice(None)) && !known {
+                    warn!("rules with --datapath auto on {interface} go by af-packet: {why}");
+                }
+            }
+            _ => warn!("{why}"),
+        }
+    }
+
     /// Carries out one effect.
     async fn execute(&mut self, effect: &Effect) -> Result<(), Failure> {
         match effect {
+            Effect::Prepare { interface } => self.prepare(interface).map_err(Failure::Refused),
             Effect::Attach { interface } => self.attach(interface).map_err(Failure::Refused),
+            Effect::OpenFanout { interface, fanout } => {
+                self.open_fanout(interface, *fanout).map_err(Failure::Refused)
+            }
             Effect::Detach { interface } => {
+                self.read_packet_statistics();
+                self.packet_sockets.retain(|id, _| {
+                    let stays = id.interface != *interface;
+                    if !stays {
+                        self.books.packet_socket_ends(id);
+                    }
+                    stays
+                });
                 if let Some(program) = self.programs.remove(interface) {
                     self.books.program_ends(interface, &program, &self.state);
                 }
@@ -305,7 +401,8 @@ impl Daemon {
             }
             Effect::SetFlow { interface, key, value } => match self.programs.get_mut(interface) {
                 Some(program) => program.set_flow(key, *value).map_err(|error| refused(&error)),
-                None => Err(Failure::Refused(format!("{interface} has no program"))),
+                // Without eBPF a worker's filter follows its rules.
+                None => Ok(()),
             },
             Effect::DeleteFlow { interface, key } => match self.programs.get_mut(interface) {
                 Some(program) => program.delete_flow(key).map_err(|error| refused(&error)),
@@ -328,20 +425,36 @@ impl Daemon {
         }
     }
 
-    fn attach(&mut self, interface: &InterfaceName) -> Result<(), String> {
+    fn placement<'a>(&self, interface: &'a InterfaceName) -> Result<Placement<'a>, String> {
         let link = self.state.links().get(interface).ok_or_else(|| format!("{interface} does not exist"))?;
-        let placement = Placement {
+        Ok(Placement {
             interface,
             index: link.index,
-            kind: &link.kind,
+            kind: link.kind.clone(),
             mtu: link.mtu,
             queues: link.rx_queues.max(af_xdp::MAX_QUEUES),
             max_rules: self.settings.max_rules,
             pins: self.pins.join(interface.as_str()),
             occupant: link.xdp_program,
-        };
-        let mut program = Steering::attach(&self.object, &placement).map_err(|error| one_line(&error))?;
-        info!(%interface, kind = link.kind, queues = link.rx_queues, "native XDP attached");
+        })
+    }
+
+    /// Makes an interface's maps, where there is eBPF.
+    fn prepare(&mut self, interface: &InterfaceName) -> Result<(), String> {
+        if self.state.has_bpf() {
+            let placement = self.placement(interface)?;
+            let program = Steering::prepare(&self.object, &placement).map_err(|error| one_line(&error))?;
+            self.programs.insert(interface.clone(), program);
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self, interface: &InterfaceName) -> Result<(), String> {
+        let placement = self.placement(interface)?;
+        let program = self.programs.get_mut(interface).ok_or_else(|| format!("{interface} has no maps"))?;
+        program.attach(&placement, self.settings.generic_xdp).map_err(|error| one_line(&error))?;
+        let mode = if program.is_generic() { "generic XDP attached" } else { "native XDP attached" };
+        info!(%interface, kind = placement.kind, "{mode}");
         if let Some(mut logger) = program.logger() {
             info!(%interface, "the XDP program logs");
             tokio::spawn(async move {
@@ -351,40 +464,83 @@ impl Daemon {
                 }
             });
         }
-        self.programs.insert(interface.clone(), program);
+        Ok(())
+    }
+
+    /// Opens the packet sockets of an interface's workers.
+    fn open_fanout(&mut self, interface: &InterfaceName, fanout: Fanout) -> Result<(), String> {
+        let failed = |error: &dyn std::error::Error| {
+            format!("no packet socket can be opened on {interface}: {}", one_line(error))
+        };
+        let index = self.placement(interface)?.index;
+        let Fanout { sockets, ring } = fanout;
+        let group = PacketSocket::open_group(index, sockets, ring).map_err(|error| failed(&error))?;
+        if let Some(program) = self.programs.get_mut(interface) {
+            let filter = program.filter().map_err(|error| failed(&error))?;
+            group
+                .iter()
+                .try_for_each(|socket| socket.attach_filter(filter))
+                .map_err(|error| failed(&error))?;
+        }
+        for (index, socket) in (0..).zip(group) {
+            let id = WorkerId { interface: interface.clone(), datapath: Datapath::AfPacket, index };
+            let base = self.books.worker_received(&id);
+            self.packet_sockets.insert(id, PacketIngress { socket, ring, base });
+        }
+        info!(%interface, sockets, "packet sockets opened");
         Ok(())
     }
 
     /// Starts a worker and takes its sockets.
     async fn start_worker(&mut self, id: &WorkerId, spec: &WorkerSpec) -> Result<(), Failure> {
-        let setup = Setup {
-            interface: id.interface.as_str().to_owned(),
-            queues: spec.queues.clone(),
-            cpu: spec.cpu,
-            chunk_bytes: spec.chunk_bytes,
-            frames: af_xdp::FRAMES,
-            layout: self.books.layout(),
-            log_level: self.log.level().as_str().to_owned(),
-        };
         let mut worker = match WorkerProcess::spawn(id, self.ends.clone()) {
             Ok(worker) => worker,
             Err(error) => return Err(self.worker_failed(id, &one_line(&error))),
         };
-        let sockets = match self.books.ledger(id) {
-            Ok(ledger) => worker.set_up(setup, ledger).await.map_err(|error| one_line(&error)),
-            Err(error) => Err(format!("it has no ledger: {error}")),
+        let sockets = match self.setup(id, spec) {
+            Ok((setup, fds)) => {
+                let fds: Vec<_> = fds.iter().collect();
+                worker.set_up(setup, &fds).await.map_err(|error| one_line(&error))
+            }
+            Err(why) => Err(why),
         };
         let pid = worker.pid;
         let worker = self.workers.entry(id.clone()).insert_entry(worker).into_mut();
         match sockets {
-            Ok(sockets) if sockets.len() == spec.queues.len() => {
-                worker.hold(spec.queues.iter().copied().map(QueueId).zip(sockets).collect());
-                info!(worker = %id, pid, queues = ?spec.queues, cpu = spec.cpu, "worker started");
+            Ok(sockets) if sockets.len() == spec.source.queues().len() => {
+                worker.hold(spec.source.queues().iter().copied().map(QueueId).zip(sockets).collect());
+                info!(worker = %id, pid, queues = ?spec.source.queues(), cpu = spec.cpu, "worker started");
                 Ok(())
             }
             Ok(_) => Err(self.worker_failed(id, "it did not hand up its sockets")),
             Err(why) => Err(self.worker_failed(id, &why)),
         }
+    }
+
+    /// What a worker is made of, and the descriptors that go with it.
+    fn setup(&mut self, id: &WorkerId, spec: &WorkerSpec) -> Result<(Setup, Vec<OwnedFd>), String> {
+        let ledger = self.books.ledger(id).and_then(OwnedFd::try_clone);
+        let mut fds = vec![ledger.map_err(|error| format!("it has no ledger: {error}"))?];
+        let ingress = match &spec.source {
+            FrameSource::AfXdp { queues, chunk_bytes } => Ingress::AfXdp {
+                interface: id.interface.as_str().to_owned(),
+                queues: queues.clone(),
+                chunk_bytes: *chunk_bytes,
+                frames: af_xdp::FRAMES,
+            },
+            FrameSource::AfPacket => {
+                let PacketIngress { socket, ring, base } =
+                    self.packet_sockets.get(id).ok_or("it has no packet socket")?;
+                let socket = socket.duplicate();
+                fds.push(
+                    socket.map_err(|error| format!("its packet socket cannot be handed down: {error}"))?,
+                );
+                let taken = self.books.worker_received(id) - base;
+                Ingress::AfPacket { ring: *ring, taken, classic: !self.state.has_bpf() }
+            }
+        };
+        let log_level = self.log.level().as_str().to_owned();
+        Ok((Setup { ingress, cpu: spec.cpu, layout: self.books.layout(), log_level }, fds))
     }
 
     /// Ends a worker that is of no use; the end of its process, or this if there is none, has it restarted.
@@ -415,8 +571,8 @@ impl Daemon {
 
     /// Steers nothing to a worker any more.
     async fn steer_away(&mut self, id: &WorkerId) {
-        let queues = self.state.workers().get(id).and_then(|running| running.spec.as_ref());
-        let queues = queues.map(|spec| spec.queues.clone()).unwrap_or_default();
+        let spec = self.state.workers().get(id).and_then(|running| running.spec.as_ref());
+        let Some(FrameSource::AfXdp { queues, .. }) = spec.map(|spec| spec.source.clone()) else { return };
         let Some(program) = self.programs.get_mut(&id.interface) else { return };
         for queue in queues {
             if let Err(error) = program.clear_socket(QueueId(queue)) {

@@ -16,6 +16,8 @@ pub const DEFAULT_PIN_ROOT: &str = "/sys/fs/bpf/mcr";
 pub struct Settings {
     /// For rules that do not name one.
     pub datapath: DatapathChoice,
+    /// Generic XDP may stand in where there is no native XDP.
+    pub generic_xdp: bool,
     /// Workers per ingress interface; chosen from its queues and CPUs if none.
     pub workers: Option<NonZeroU32>,
     /// The CPUs that workers may be pinned to, ascending; chosen if none.

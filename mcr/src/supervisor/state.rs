@@ -14,15 +14,18 @@ use std::{
 use mcr_common::flow::{FlowKey4, FlowValue, action};
 
 use crate::{
-    datapath::{self, af_xdp},
+    datapath::{
+        self, af_packet, af_xdp,
+        budget::{self, HostLimits, Shortfall},
+    },
     net::{
         egress_socket::EgressKey,
         links::{Link, Links},
         membership::Membership,
     },
-    rule::{Datapath, Dscp, IfIndex, InterfaceName, Origin, Output, Rule, RuleSlot, Ttl},
+    rule::{Datapath, DatapathChoice, Dscp, IfIndex, InterfaceName, Origin, Output, Rule, RuleSlot, Ttl},
     ruleset::{self, Amendment, Change, Entry, Refusal, RuleSet},
-    supervisor::event::{Effect, Event, Failure, WorkerId, WorkerSpec},
+    supervisor::event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
     worker::protocol::{self, CompiledOutput, CompiledRule, Route},
 };
 
@@ -47,6 +50,9 @@ pub struct Limits {
     /// CPUs that workers are pinned to, in turn.
     pub cpus: Vec<u32>,
     pub source_port: u16,
+    pub host: HostLimits,
+    /// Why no eBPF can be had here, if it cannot: AF_PACKET works without.
+    pub no_bpf: Option<String>,
 }
 
 /// A worker that runs, and what it was given.
@@ -55,7 +61,7 @@ pub struct Running {
     pub spec: Option<WorkerSpec>,
     pub rules: BTreeMap<RuleSlot, CompiledRule>,
     pub egress: BTreeSet<u32>,
-    /// Its sockets are in the XSKMAP.
+    /// It has its rules, and frames come to it.
     pub steered: bool,
     /// It failed and is being ended: nothing more is asked of it.
     pub failed: bool,
@@ -75,10 +81,27 @@ pub struct Mishaps {
 /// Flow tables by interface.
 type Flows = BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>;
 
+/// What an interface has in the kernel.
+#[derive(Clone, Debug)]
+struct Served {
+    index: IfIndex,
+    /// The XDP program is attached.
+    xdp: bool,
+    fanout: Option<Fanout>,
+}
+
+/// Why XDP cannot be had on an interface.
+#[derive(Clone, Debug)]
+struct XdpRefusal {
+    why: String,
+    /// What it may depend on has changed since.
+    stale: bool,
+}
+
 /// What there is in the kernel and in the workers.
 #[derive(Clone, Debug, Default)]
 struct Actual {
-    attached: BTreeMap<InterfaceName, IfIndex>,
+    served: BTreeMap<InterfaceName, Served>,
     flows: Flows,
     memberships: BTreeSet<Membership>,
     workers: BTreeMap<WorkerId, Running>,
@@ -97,6 +120,8 @@ pub struct State {
     actual: Actual,
     /// Interfaces on which something failed, and why; cleared when they change.
     interface_failures: BTreeMap<InterfaceName, String>,
+    fanout_failures: BTreeMap<InterfaceName, String>,
+    xdp_refusals: BTreeMap<InterfaceName, XdpRefusal>,
     flow_failures: BTreeMap<InterfaceName, BTreeMap<FlowKey4, String>>,
     join_failures: BTreeMap<Membership, String>,
     egress_failures: BTreeMap<EgressKey, String>,
@@ -117,6 +142,8 @@ impl State {
             links: Links::new(),
             actual: Actual::default(),
             interface_failures: BTreeMap::new(),
+            fanout_failures: BTreeMap::new(),
+            xdp_refusals: BTreeMap::new(),
             flow_failures: BTreeMap::new(),
             join_failures: BTreeMap::new(),
             egress_failures: BTreeMap::new(),
@@ -149,14 +176,92 @@ impl State {
         self.actual.workers.keys().chain(self.mishaps.keys()).cloned().collect()
     }
 
-    pub fn is_attached(&self, interface: &InterfaceName) -> bool {
-        self.actual.attached.contains_key(interface)
+    /// Whether rules of a datapath can be served on the interface that there is now.
+    pub fn serves(&self, interface: &InterfaceName, datapath: Datapath) -> bool {
+        let index = self.links.get(interface).map(|link| link.index);
+        let served = self.actual.served.get(interface).filter(|served| Some(served.index) == index);
+        served.is_some_and(|served| match datapath {
+            Datapath::AfPacket => served.fanout.is_some(),
+            _ => served.xdp,
+        })
+    }
+
+    /// Why XDP cannot be had on an interface, if that is known.
+    pub fn no_xdp(&self, interface: &InterfaceName) -> Option<String> {
+        if let Some(why) = &self.limits.no_bpf {
+            return Some(why.clone());
+        }
+        let link = self.links.get(interface)?;
+        let chunk_bytes = match af_xdp::chunk_bytes(link.mtu) {
+            Ok(chunk_bytes) => chunk_bytes,
+            Err(error) => return Some(format!("{interface}: {error}")),
+        };
+        let demand = budget::umems(link.rx_queues, chunk_bytes);
+        if let Err(shortfall) = self.check_budget(interface, Datapath::AfXdp, &demand) {
+            return Some(format!("{interface}: {shortfall}"));
+        }
+        self.xdp_refusals.get(interface).map(|refusal| refusal.why.clone())
+    }
+
+    pub fn has_bpf(&self) -> bool {
+        self.limits.no_bpf.is_none()
+    }
+
+    /// Whether there is room for an interface's frames beside those of all else.
+    fn check_budget(
+        &self,
+        interface: &InterfaceName,
+        datapath: Datapath,
+        demand: &budget::Demand,
+    ) -> Result<(), Shortfall> {
+        let (mut locked, mut held) = (0, 0);
+        for (id, running) in &self.actual.workers {
+            match running.spec.as_ref().map(|spec| &spec.source) {
+                _ if id.interface == *interface && id.datapath == datapath => {}
+                Some(FrameSource::AfXdp { queues, chunk_bytes }) => {
+                    locked += budget::umems(queues.len() as u32, *chunk_bytes).bytes;
+                }
+                _ => {}
+            }
+        }
+        for (other, served) in &self.actual.served {
+            let counted = other != interface || datapath != Datapath::AfPacket;
+            held += served
+                .fanout
+                .filter(|_| counted)
+                .map_or(0, |fanout| budget::rings(fanout.sockets, fanout.ring).bytes);
+        }
+        self.limits.host.check(demand, locked, locked + held)
+    }
+
+    /// Whether `auto` takes XDP on an interface. Rules that packet sockets serve stay there until it is attached.
+    fn prefers_xdp(&self, interface: &InterfaceName) -> bool {
+        let served_by_packet = || {
+            let flows = self.actual.flows.get(interface);
+            let passed = |entry: &Entry| {
+                let flow = flows.and_then(|flows| flows.get(&ruleset::key(&entry.rule.input)));
+                flow.is_some_and(|flow| flow.action == action::PASS)
+            };
+            let mut rules = self.rules.iter().filter(|entry| entry.rule.input.interface == *interface);
+            rules.any(|entry| entry.rule.datapath == DatapathChoice(None) && passed(entry))
+        };
+        self.no_xdp(interface).is_none() && (self.serves(interface, Datapath::AfXdp) || !served_by_packet())
+    }
+
+    /// The datapath that serves a rule.
+    pub fn datapath_of(&self, rule: &Rule) -> Datapath {
+        datapath::choose(rule.datapath, self.prefers_xdp(&rule.input.interface))
     }
 
     /// Adds a rule. What it takes is in the next plan.
     pub fn add(&mut self, rule: Rule, origin: Origin) -> Result<Change, Refusal> {
         // Somebody who asks again wants it tried again.
         self.forget_failures(&rule.input.interface.clone());
+        if rule.datapath.0 == Some(Datapath::AfXdp)
+            && let Some(refusal) = self.xdp_refusals.get_mut(&rule.input.interface)
+        {
+            refusal.stale = true;
+        }
         self.rules.add(rule, origin)
     }
 
@@ -175,13 +280,7 @@ impl State {
     /// Takes note of an event; what follows from it is in the next plan, but for what is answered here.
     pub fn apply(&mut self, event: Event) -> Vec<Effect> {
         match event {
-            Event::Links(links) => {
-                let old = std::mem::replace(&mut self.links, links);
-                self.interface_failures.retain(|name, _| old.get(name) == self.links.get(name));
-                self.flow_failures.retain(|name, _| old.get(name) == self.links.get(name));
-                self.join_failures.clear();
-                self.egress_failures.clear();
-            }
+            Event::Links(links) => self.links_changed(links),
             Event::WorkerExited { id, why, lived } => return self.worker_exited(id, why, lived),
             Event::RestartDue { id } => {
                 if let Some(mishaps) = self.mishaps.get_mut(&id) {
@@ -191,6 +290,22 @@ impl State {
             Event::Stop => self.stopping = true,
         }
         Vec::new()
+    }
+
+    fn links_changed(&mut self, links: Links) {
+        let old = std::mem::replace(&mut self.links, links);
+        let same = |name: &InterfaceName| old.get(name) == self.links.get(name);
+        self.interface_failures.retain(|name, _| same(name));
+        self.fanout_failures.retain(|name, _| same(name));
+        self.flow_failures.retain(|name, _| same(name));
+        self.xdp_refusals.retain(|name, refusal| {
+            let (Some(old), Some(new)) = (old.get(name), self.links.get(name)) else { return false };
+            let matters = |link: &Link| (link.mtu, link.rx_queues, link.xdp_program);
+            refusal.stale |= matters(old) != matters(new);
+            old.index == new.index
+        });
+        self.join_failures.clear();
+        self.egress_failures.clear();
     }
 
     fn worker_exited(&mut self, id: WorkerId, why: String, lived: Duration) -> Vec<Effect> {
@@ -214,6 +329,7 @@ impl State {
 
     fn forget_failures(&mut self, interface: &InterfaceName) {
         self.interface_failures.remove(interface);
+        self.fanout_failures.remove(interface);
         self.flow_failures.remove(interface);
         self.join_failures.clear();
         self.egress_failures.clear();
@@ -231,27 +347,32 @@ impl State {
             return effects;
         }
         let wanted = self.wanted_flows();
-        self.plan_flow_removals(&wanted, action::STEER, &mut effects);
+        self.plan_flow_removals(&wanted, relays, &mut effects);
         self.plan_rule_removals(&mut effects);
         self.plan_leaves(&mut effects);
         if self.stopping {
-            self.plan_flow_removals(&wanted, action::LOOP, &mut effects);
+            self.plan_flow_removals(&wanted, bars, &mut effects);
             self.plan_end(&mut effects);
             return effects;
         }
-        self.plan_attachments(&mut effects);
-        self.plan_flows(&wanted, action::LOOP, &mut effects);
+        self.plan_interfaces(&mut effects);
+        self.plan_flows(&wanted, bars, &mut effects);
         self.plan_workers(&mut effects);
         self.plan_joins(&mut effects);
-        self.plan_flows(&wanted, action::STEER, &mut effects);
-        self.plan_flow_removals(&wanted, action::LOOP, &mut effects);
+        self.plan_flows(&wanted, relays, &mut effects);
+        self.plan_flow_removals(&wanted, bars, &mut effects);
         effects
     }
 
-    /// Programs and workers of interfaces that are gone or were made anew.
+    /// Programs, sockets and workers of interfaces that are gone or were made anew, and what was prepared for
+    /// rules that were refused.
     fn plan_lost_interfaces(&self, effects: &mut Vec<Effect>) {
-        for (interface, index) in &self.actual.attached {
-            if self.links.get(interface).is_some_and(|link| link.index == *index) {
+        for (interface, served) in &self.actual.served {
+            let same = self.links.get(interface).is_some_and(|link| link.index == served.index);
+            let used = served.xdp
+                || served.fanout.is_some()
+                || self.rules.iter().any(|entry| entry.rule.input.interface == *interface);
+            if same && used {
                 continue;
             }
             effects.extend(self.workers_of(interface).map(|id| Effect::StopWorker { id: id.clone() }));
@@ -263,27 +384,29 @@ impl State {
         self.actual.workers.keys().filter(move |id| id.interface == *interface)
     }
 
-    /// Takes out the flows of an action.
-    fn plan_flow_removals(&self, wanted: &Flows, action: u32, effects: &mut Vec<Effect>) {
+    /// Takes out the flows of some action.
+    fn plan_flow_removals(&self, wanted: &Flows, action: fn(u32) -> bool, effects: &mut Vec<Effect>) {
         let before = effects.len();
         for (interface, flows) in &self.actual.flows {
             let stays = |key: &FlowKey4| wanted.get(interface).is_some_and(|wanted| wanted.contains_key(key));
             for (&key, value) in flows {
-                if value.action == action && !stays(&key) {
+                if action(value.action) && !stays(&key) {
                     effects.push(Effect::DeleteFlow { interface: interface.clone(), key });
                 }
             }
         }
-        if effects.len() > before || self.actual.barrier_due {
+        let due = self.actual.barrier_due && !effects.contains(&Effect::Barrier);
+        if effects.len() > before || due {
             effects.push(Effect::Barrier);
         }
     }
 
     /// The flows of every interface that serves rules.
     fn wanted_flows(&self) -> Flows {
-        let interfaces = self.rules.iter().map(|entry| &entry.rule.input.interface);
-        let serving: BTreeSet<_> = interfaces.filter(|name| !self.stopping && self.serves(name)).collect();
-        serving.into_iter().map(|name| (name.clone(), self.flows_of(name))).collect()
+        if self.stopping {
+            return Flows::new();
+        }
+        self.actual.served.keys().map(|name| (name.clone(), self.flows_of(name))).collect()
     }
 
     fn flows_of(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
@@ -292,36 +415,66 @@ impl State {
             // A rule whose loops cannot be barred gets nothing either.
             let failed: BTreeSet<_> =
                 failures.keys().filter_map(|key| flows.get(key)).map(|flow| flow.rule).collect();
-            let steered = |flow: &FlowValue| flow.action == action::STEER && failed.contains(&flow.rule);
-            flows.retain(|key, flow| !failures.contains_key(key) && !steered(flow));
+            let relayed = |flow: &FlowValue| relays(flow.action) && failed.contains(&flow.rule);
+            flows.retain(|key, flow| !failures.contains_key(key) && !relayed(flow));
         }
         flows
     }
 
     /// The flows of an interface if none had failed.
     fn all_flows(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
-        let source = |output: &Output| self.route(output).ok().map(|(route, _)| route.source);
-        self.rules.flows(interface, source)
+        let xdp = self.prefers_xdp(interface);
+        let served = [Datapath::AfXdp, Datapath::AfPacket].map(|datapath| self.serves(interface, datapath));
+        let relaying = |entry: &Entry| match datapath::choose(entry.rule.datapath, xdp) {
+            Datapath::AfPacket => served[1].then_some(action::PASS),
+            _ => served[0].then_some(action::STEER),
+        };
+        self.rules.flows(interface, relaying, |output| self.source(output))
     }
 
-    /// Whether the interface's program is attached to the interface that there is now.
-    fn serves(&self, interface: &InterfaceName) -> bool {
-        let index = self.links.get(interface).map(|link| link.index);
-        index.is_some() && index == self.actual.attached.get(interface).copied()
+    /// The source address of an output, if it can send now.
+    fn source(&self, output: &Output) -> Option<Ipv4Addr> {
+        self.route(output).ok().map(|(route, _)| route.source)
     }
 
+    /// The sources that this relay itself sends from to its rules' inputs, where no eBPF bars them.
+    fn own_sources(&self, interface: &InterfaceName) -> BTreeMap<RuleSlot, Vec<Ipv4Addr>> {
+        let mut sources: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        if !self.has_bpf() {
+            let flows = self.rules.flows(interface, |_| Some(action::PASS), |output| self.source(output));
+            for (key, flow) in flows.into_iter().filter(|(_, flow)| bars(flow.action)) {
+                sources.entry(RuleSlot(flow.rule)).or_default().push(Ipv4Addr::from(key.source));
+            }
+        }
+        sources
+    }
+
+    /// Takes from each worker the rules that are no longer its own, once no flow brings it their frames.
     fn plan_rule_removals(&self, effects: &mut Vec<Effect>) {
-        let wanted: BTreeMap<_, _> = self.rules.iter().map(|entry| (entry.slot, &entry.rule.input)).collect();
+        let rules: BTreeMap<_, _> = self.rules.iter().map(|entry| (entry.slot, &entry.rule)).collect();
+        let prefer_xdp = self.interfaces_for_xdp();
         for (id, running) in self.actual.workers.iter().filter(|(_, running)| !running.failed) {
-            for (slot, rule) in &running.rules {
-                let stays = wanted
-                    .get(slot)
-                    .is_some_and(|input| input.interface == id.interface && ruleset::key(input) == rule.key);
+            let flows = self.actual.flows.get(&id.interface);
+            for (slot, compiled) in &running.rules {
+                let stays = rules.get(slot).is_some_and(|rule| {
+                    let xdp = prefer_xdp.contains(&rule.input.interface);
+                    let flow = flows.and_then(|flows| flows.get(&compiled.key));
+                    let fed = flow.is_some_and(|flow| flow.action == relaying_action(id.datapath));
+                    rule.input.interface == id.interface
+                        && ruleset::key(&rule.input) == compiled.key
+                        && (fed || datapath::choose(rule.datapath, xdp) == id.datapath)
+                });
                 if !stays || self.stopping {
                     effects.push(Effect::RemoveRule { id: id.clone(), slot: *slot });
                 }
             }
         }
+    }
+
+    /// The interfaces of rules on which `auto` takes XDP.
+    fn interfaces_for_xdp(&self) -> BTreeSet<&InterfaceName> {
+        let interfaces: BTreeSet<_> = self.rules.iter().map(|entry| &entry.rule.input.interface).collect();
+        interfaces.into_iter().filter(|interface| self.prefers_xdp(interface)).collect()
     }
 
     fn plan_leaves(&self, effects: &mut Vec<Effect>) {
@@ -348,82 +501,153 @@ impl State {
     fn membership(&self, entry: &Entry) -> Option<Membership> {
         let input = &entry.rule.input;
         let link = self.links.get(&input.interface)?;
-        let ready = self.serves(&input.interface) && link.up;
+        let ready = link.up && self.serves(&input.interface, self.datapath_of(&entry.rule));
         ready.then_some(Membership { interface: link.index, group: input.group, source: input.source })
     }
 
     fn plan_end(&self, effects: &mut Vec<Effect>) {
         effects.extend(self.actual.workers.keys().map(|id| Effect::StopWorker { id: id.clone() }));
         effects.extend(
-            self.actual.attached.keys().map(|interface| Effect::Detach { interface: interface.clone() }),
+            self.actual.served.keys().map(|interface| Effect::Detach { interface: interface.clone() }),
         );
     }
 
-    /// Interfaces that rules come in on or came in on, that exist, and on which nothing has failed.
-    fn wanted_interfaces(&self) -> BTreeMap<&InterfaceName, &Link> {
-        self.rules
-            .iter()
-            .map(|entry| &entry.rule.input.interface)
-            .chain(self.actual.attached.keys())
-            .filter(|interface| !self.interface_failures.contains_key(*interface))
-            .filter_map(|interface| Some((interface, self.links.get(interface)?)))
-            .collect()
+    /// Interfaces that rules come in on or came in on, that exist, and on which nothing has failed; with the
+    /// datapaths that they are to serve.
+    fn demands(&self) -> Vec<(InterfaceName, Link, Vec<Datapath>)> {
+        let mut asked: BTreeMap<&InterfaceName, BTreeSet<DatapathChoice>> = BTreeMap::new();
+        for entry in self.rules.iter() {
+            asked.entry(&entry.rule.input.interface).or_default().insert(entry.rule.datapath);
+        }
+        for interface in self.actual.served.keys() {
+            asked.entry(interface).or_default();
+        }
+        let demand = |(interface, asked): (&InterfaceName, BTreeSet<DatapathChoice>)| {
+            let link =
+                self.links.get(interface).filter(|_| !self.interface_failures.contains_key(interface))?;
+            let xdp = self.prefers_xdp(interface);
+            let mut datapaths: BTreeSet<_> =
+                asked.iter().map(|&asked| datapath::choose(asked, xdp)).collect();
+            // What an interface serves it goes on to serve.
+            let both = [Datapath::AfXdp, Datapath::AfPacket];
+            datapaths.extend(both.iter().filter(|datapath| self.serves(interface, **datapath)));
+            if asked.contains(&DatapathChoice(None)) && self.may_attach(interface) {
+                datapaths.insert(Datapath::AfXdp);
+            }
+            Some((interface.clone(), link.clone(), datapaths.into_iter().collect()))
+        };
+        asked.into_iter().filter_map(demand).collect()
     }
 
-    fn plan_attachments(&mut self, effects: &mut Vec<Effect>) {
-        let mut failures = Vec::new();
-        for (interface, link) in self.wanted_interfaces() {
-            if self.actual.attached.contains_key(interface) {
-                continue;
+    fn plan_interfaces(&mut self, effects: &mut Vec<Effect>) {
+        for (interface, link, datapaths) in self.demands() {
+            let mut opened = Vec::new();
+            for datapath in datapaths {
+                if self.serves(&interface, datapath) {
+                    continue;
+                }
+                if datapath == Datapath::AfPacket {
+                    let Some(fanout) = self.wanted_fanout(&interface, &link) else { continue };
+                    let demand = budget::rings(fanout.sockets, fanout.ring);
+                    match self.check_budget(&interface, datapath, &demand) {
+                        Ok(()) => opened.push(Effect::OpenFanout { interface: interface.clone(), fanout }),
+                        Err(shortfall) => {
+                            self.fanout_failures
+                                .insert(interface.clone(), format!("{interface}: {shortfall}"));
+                        }
+                    }
+                } else if self.may_attach(&interface) {
+                    opened.push(Effect::Attach { interface: interface.clone() });
+                }
             }
-            match af_xdp::chunk_bytes(link.mtu) {
-                Ok(_) => effects.push(Effect::Attach { interface: interface.clone() }),
-                Err(error) => failures.push((interface.clone(), format!("{interface}: {error}"))),
+            if !opened.is_empty() && !self.actual.served.contains_key(&interface) {
+                effects.push(Effect::Prepare { interface: interface.clone() });
             }
+            effects.extend(opened);
         }
-        self.interface_failures.extend(failures);
+    }
+
+    /// Whether nothing speaks against attaching the XDP program.
+    fn may_attach(&self, interface: &InterfaceName) -> bool {
+        match self.xdp_refusals.get(interface) {
+            Some(refusal) if refusal.stale => {
+                // All that is known against it is the refusal.
+                self.no_xdp(interface).as_ref() == Some(&refusal.why)
+            }
+            Some(_) => false,
+            None => self.no_xdp(interface).is_none(),
+        }
+    }
+
+    /// The packet sockets of an interface: those that there are, or those that there are to be.
+    fn wanted_fanout(&self, interface: &InterfaceName, link: &Link) -> Option<Fanout> {
+        if let Some(fanout) = self.actual.served.get(interface).and_then(|served| served.fanout) {
+            return Some(fanout);
+        }
+        if self.fanout_failures.contains_key(interface) {
+            return None;
+        }
+        Some(Fanout { sockets: self.workers_for(link), ring: af_packet::ring(link.mtu) })
+    }
+
+    fn workers_for(&self, link: &Link) -> u32 {
+        let default = af_xdp::default_workers(link.rx_queues, self.limits.cpus.len() as u32);
+        self.limits.workers.unwrap_or(default)
     }
 
     fn plan_workers(&mut self, effects: &mut Vec<Effect>) {
-        let wanted: Vec<_> = self
-            .wanted_interfaces()
-            .into_iter()
-            .map(|(interface, link)| (interface.clone(), link.clone()))
-            .collect();
-        for (interface, link) in wanted {
-            let workers = self.wanted_workers(&interface, &link);
-            if !workers.is_empty() {
-                let surplus = self.workers_of(&interface).filter(|id| id.index as usize >= workers.len());
-                effects.extend(surplus.map(|id| Effect::StopWorker { id: id.clone() }));
-            }
-            for (id, spec) in workers {
-                match self.actual.workers.get(&id) {
-                    None if !self.mishaps(&id).waiting => {
-                        effects.push(Effect::StartWorker { id: id.clone(), spec });
-                        self.plan_rules(&id, &Running::default(), effects);
+        for (interface, link, datapaths) in self.demands() {
+            let own_sources = self.own_sources(&interface);
+            for datapath in datapaths {
+                let workers = self.wanted_workers(&interface, &link, datapath);
+                if !workers.is_empty() {
+                    let surplus = self
+                        .workers_of(&interface)
+                        .filter(|id| id.datapath == datapath && id.index as usize >= workers.len());
+                    effects.extend(surplus.map(|id| Effect::StopWorker { id: id.clone() }));
+                }
+                for (id, spec) in workers {
+                    match self.actual.workers.get(&id) {
+                        None if !self.mishaps(&id).waiting => {
+                            effects.push(Effect::StartWorker { id: id.clone(), spec });
+                            self.plan_rules(&id, &Running::default(), &own_sources, effects);
+                        }
+                        None => {}
+                        Some(running) if running.failed => {}
+                        // Other queues, another CPU or another chunk: a worker is made for them.
+                        Some(running) if running.spec.as_ref() != Some(&spec) => {
+                            effects.push(Effect::StopWorker { id: id.clone() });
+                        }
+                        Some(running) => self.plan_rules(&id, &running.clone(), &own_sources, effects),
                     }
-                    None => {}
-                    Some(running) if running.failed => {}
-                    // Other queues, another CPU or another chunk: a worker is made for them.
-                    Some(running) if running.spec.as_ref() != Some(&spec) => {
-                        effects.push(Effect::StopWorker { id: id.clone() });
-                    }
-                    Some(running) => self.plan_rules(&id, &running.clone(), effects),
                 }
             }
         }
     }
 
-    fn wanted_workers(&mut self, interface: &InterfaceName, link: &Link) -> Vec<(WorkerId, WorkerSpec)> {
-        let Ok(chunk_bytes) = af_xdp::chunk_bytes(link.mtu) else { return Vec::new() };
-        let default = af_xdp::default_workers(link.rx_queues, self.limits.cpus.len() as u32);
-        let shares = af_xdp::share_queues(link.rx_queues, self.limits.workers.unwrap_or(default));
-        let spec = |(index, queues)| {
-            let id = WorkerId { interface: interface.clone(), index };
-            let cpu = self.cpu_of(&id);
-            (id, WorkerSpec { ifindex: link.index, queues, cpu, chunk_bytes })
+    fn wanted_workers(
+        &mut self,
+        interface: &InterfaceName,
+        link: &Link,
+        datapath: Datapath,
+    ) -> Vec<(WorkerId, WorkerSpec)> {
+        let sources: Vec<_> = if datapath == Datapath::AfPacket {
+            let fanout = self.wanted_fanout(interface, link);
+            (0..fanout.map_or(0, |fanout| fanout.sockets)).map(|_| FrameSource::AfPacket).collect()
+        } else {
+            let attached = self.serves(interface, datapath) || self.may_attach(interface);
+            let Some(chunk_bytes) = af_xdp::chunk_bytes(link.mtu).ok().filter(|_| attached) else {
+                return Vec::new();
+            };
+            let shares = af_xdp::share_queues(link.rx_queues, self.workers_for(link));
+            shares.into_iter().map(|queues| FrameSource::AfXdp { queues, chunk_bytes }).collect()
         };
-        (0..).zip(shares).map(spec).collect()
+        let spec = |(index, source)| {
+            let id = WorkerId { interface: interface.clone(), datapath, index };
+            let cpu = self.cpu_of(&id);
+            (id, WorkerSpec { ifindex: link.index, cpu, source })
+        };
+        (0..).zip(sources).map(spec).collect()
     }
 
     /// The CPU of a worker: the one with the fewest workers so far.
@@ -438,13 +662,23 @@ impl State {
     }
 
     /// Brings a worker's rules and egress sockets to what they should be, then steers frames to it.
-    fn plan_rules(&mut self, id: &WorkerId, running: &Running, effects: &mut Vec<Effect>) {
-        let entries: Vec<_> =
-            self.rules.iter().filter(|entry| entry.rule.input.interface == id.interface).cloned().collect();
+    fn plan_rules(
+        &mut self,
+        id: &WorkerId,
+        running: &Running,
+        own_sources: &BTreeMap<RuleSlot, Vec<Ipv4Addr>>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let xdp = self.prefers_xdp(&id.interface);
+        let its = |rule: &Rule| {
+            rule.input.interface == id.interface && datapath::choose(rule.datapath, xdp) == id.datapath
+        };
+        let entries: Vec<_> = self.rules.iter().filter(|entry| its(&entry.rule)).cloned().collect();
         let mut needed = BTreeMap::new();
         let mut upserts = Vec::new();
         for entry in &entries {
-            let rule = self.compile(entry, &mut needed);
+            let mut rule = self.compile(entry, &mut needed);
+            rule.own_sources = own_sources.get(&entry.slot).cloned().unwrap_or_default();
             if running.rules.get(&entry.slot) != Some(&rule) {
                 upserts.push(Effect::UpsertRule { id: id.clone(), rule });
             }
@@ -458,7 +692,16 @@ impl State {
         if !running.steered {
             effects.push(Effect::Steer { id: id.clone() });
         }
-        let unneeded = running.egress.iter().filter(|socket| !needed.contains_key(socket));
+        // A rule that moves to another datapath is still relayed by this one.
+        let moving = |slot: &RuleSlot| {
+            let removed = Effect::RemoveRule { id: id.clone(), slot: *slot };
+            entries.iter().all(|entry| entry.slot != *slot) && !effects.contains(&removed)
+        };
+        let outputs =
+            running.rules.iter().filter(|(slot, _)| moving(slot)).flat_map(|(_, rule)| &rule.outputs);
+        let kept: BTreeSet<_> = outputs.filter_map(|output| Some(output.route?.socket)).collect();
+        let unneeded =
+            running.egress.iter().filter(|socket| !needed.contains_key(socket) && !kept.contains(socket));
         effects.extend(unneeded.map(|&socket| Effect::CloseEgress { id: id.clone(), socket }));
     }
 
@@ -486,7 +729,8 @@ impl State {
                 max_run: if output.gso { MAX_RUN } else { 1 },
             });
         }
-        CompiledRule { slot: entry.slot.0, key: ruleset::key(&entry.rule.input), outputs }
+        let key = ruleset::key(&entry.rule.input);
+        CompiledRule { slot: entry.slot.0, key, own_sources: Vec::new(), outputs }
     }
 
     fn egress_id(&mut self, key: &EgressKey) -> u32 {
@@ -539,12 +783,24 @@ impl State {
         self.links.values().any(|link| link.addresses.contains(&address))
     }
 
-    /// Sets the flows of an action.
-    fn plan_flows(&self, wanted: &Flows, action: u32, effects: &mut Vec<Effect>) {
+    /// Sets the flows of some action. A flow that is relayed moves to another datapath only when workers
+    /// relay there.
+    fn plan_flows(&self, wanted: &Flows, action: fn(u32) -> bool, effects: &mut Vec<Effect>) {
         for (interface, flows) in wanted {
             let there = |key: &FlowKey4| self.actual.flows.get(interface).and_then(|flows| flows.get(key));
-            for (&key, &value) in flows {
-                if value.action == action && there(&key) != Some(&value) {
+            for (&key, &value) in flows.iter().filter(|(_, value)| action(value.action)) {
+                let former = there(&key);
+                let moves = former
+                    .is_some_and(|former| relays(former.action) && former.action != value.action)
+                    && relays(value.action);
+                let ready = || {
+                    let mut workers = self.actual.workers.iter();
+                    let action = |id: &WorkerId| relaying_action(id.datapath);
+                    workers.any(|(id, running)| {
+                        id.interface == *interface && action(id) == value.action && running.steered
+                    })
+                };
+                if former != Some(&value) && (!moves || ready()) {
                     effects.push(Effect::SetFlow { interface: interface.clone(), key, value });
                 }
             }
@@ -555,13 +811,25 @@ impl State {
     pub fn done(&mut self, effect: &Effect) {
         let actual = &mut self.actual;
         match effect {
-            Effect::Attach { interface } => {
+            Effect::Prepare { interface } => {
                 if let Some(link) = self.links.get(interface) {
-                    actual.attached.insert(interface.clone(), link.index);
+                    let served = Served { index: link.index, xdp: false, fanout: None };
+                    actual.served.insert(interface.clone(), served);
+                }
+            }
+            Effect::Attach { interface } => {
+                self.xdp_refusals.remove(interface);
+                if let Some(served) = actual.served.get_mut(interface) {
+                    served.xdp = true;
+                }
+            }
+            Effect::OpenFanout { interface, fanout } => {
+                if let Some(served) = actual.served.get_mut(interface) {
+                    served.fanout = Some(*fanout);
                 }
             }
             Effect::Detach { interface } => {
-                actual.attached.remove(interface);
+                actual.served.remove(interface);
                 actual.flows.remove(interface);
             }
             Effect::StartWorker { id, spec } => {
@@ -590,7 +858,8 @@ impl State {
                 actual.workers.entry(id.clone()).or_default().rules.remove(slot);
             }
             Effect::SetFlow { interface, key, value } => {
-                actual.flows.entry(interface.clone()).or_default().insert(*key, *value);
+                let former = actual.flows.entry(interface.clone()).or_default().insert(*key, *value);
+                actual.barrier_due |= former.is_some_and(|former| former.action != value.action);
             }
             Effect::DeleteFlow { interface, key } => {
                 actual.flows.entry(interface.clone()).or_default().remove(key);
@@ -618,8 +887,14 @@ impl State {
                 mishaps.waiting = true;
                 mishaps.last_exit = Some(why);
             }
-            (Effect::Attach { interface }, Failure::Refused(why)) => {
+            (Effect::Prepare { interface }, Failure::Refused(why)) => {
                 self.interface_failures.insert(interface.clone(), why);
+            }
+            (Effect::Attach { interface }, Failure::Refused(why)) => {
+                self.xdp_refusals.insert(interface.clone(), XdpRefusal { why, stale: false });
+            }
+            (Effect::OpenFanout { interface, .. }, Failure::Refused(why)) => {
+                self.fanout_failures.insert(interface.clone(), why);
             }
             (Effect::SetFlow { interface, key, .. }, Failure::Refused(why)) => {
                 self.flow_failures.entry(interface.clone()).or_default().insert(*key, why);
@@ -635,29 +910,30 @@ impl State {
         }
     }
 
-    /// Why an interface cannot relay now, if it cannot.
-    pub fn interface_problem(&self, interface: &InterfaceName) -> Option<(Problem, String)> {
+    /// Why an interface cannot relay by a datapath now, if it cannot.
+    fn interface_problem(&self, interface: &InterfaceName, datapath: Datapath) -> Option<(Problem, String)> {
         let Some(link) = self.links.get(interface) else {
             return Some((Problem::Waits, format!("interface {interface} does not exist")));
         };
-        if let Some(why) = self.interface_failures.get(interface) {
-            return Some((Problem::Failed, why.clone()));
+        let failed = self.interface_failures.get(interface).cloned().or_else(|| match datapath {
+            Datapath::AfPacket => self.fanout_failures.get(interface).cloned(),
+            _ => self.no_xdp(interface).map(|why| format!("{why}; --datapath auto takes af-packet there")),
+        });
+        if let Some(why) = failed {
+            return Some((Problem::Failed, why));
         }
         if !link.up {
             return Some((Problem::Waits, format!("interface {interface} is down")));
         }
-        if let Err(error) = af_xdp::chunk_bytes(link.mtu) {
-            return Some((Problem::Failed, format!("{interface}: {error}")));
-        }
-        let restarting =
-            self.mishaps.iter().find(|(id, mishaps)| id.interface == *interface && mishaps.waiting);
+        let its = |id: &&WorkerId| id.interface == *interface && id.datapath == datapath;
+        let restarting = self.mishaps.iter().find(|(id, mishaps)| its(id) && mishaps.waiting);
         let restarting = restarting.map(|(id, mishaps)| {
             let why = mishaps.last_exit.clone().unwrap_or_default();
             (Problem::Waits, format!("worker {id} is being restarted: {why}"))
         });
         restarting.or_else(|| {
             let relays = |id: &WorkerId| self.actual.workers[id].steered && !self.actual.workers[id].failed;
-            let waits = !self.workers_of(interface).any(relays);
+            let waits = !self.actual.workers.keys().filter(its).any(relays);
             waits.then(|| (Problem::Waits, format!("no worker relays from {interface} yet")))
         })
     }
@@ -665,7 +941,7 @@ impl State {
     /// Why a rule cannot relay now, if it cannot.
     pub fn rule_problem(&self, entry: &Entry) -> Option<(Problem, String)> {
         let failure = || self.join_failure(entry).or_else(|| self.flow_failure(entry));
-        self.interface_problem(&entry.rule.input.interface)
+        self.interface_problem(&entry.rule.input.interface, self.datapath_of(&entry.rule))
             .or_else(|| failure().map(|why| (Problem::Failed, why.clone())))
     }
 
@@ -685,12 +961,21 @@ impl State {
     pub fn output_pending(&self, output: &Output) -> Pending {
         self.route(output).err()
     }
+}
 
-    /// The datapath of a rule and why; `None` if it is none of this version's.
-    pub fn datapath(&self, entry: &Entry) -> Option<(Datapath, String)> {
-        let decision = datapath::choose(entry.rule.datapath).ok()?;
-        Some((decision.datapath, decision.why))
-    }
+/// Whether a flow's datagrams are relayed.
+fn relays(flow_action: u32) -> bool {
+    !bars(flow_action)
+}
+
+/// Whether a flow bars a loop.
+fn bars(flow_action: u32) -> bool {
+    flow_action == action::LOOP
+}
+
+/// The action by which a datapath's workers get a flow.
+fn relaying_action(datapath: Datapath) -> u32 {
+    if datapath == Datapath::AfPacket { action::PASS } else { action::STEER }
 }
 
 /// How bad a problem is.

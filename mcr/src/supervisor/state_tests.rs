@@ -13,7 +13,16 @@ fn interface(name: &str) -> InterfaceName {
 }
 
 fn worker(name: &str, index: u32) -> WorkerId {
-    WorkerId { interface: interface(name), index }
+    WorkerId { interface: interface(name), datapath: Datapath::AfXdp, index }
+}
+
+fn packet_worker(name: &str, index: u32) -> WorkerId {
+    WorkerId { datapath: Datapath::AfPacket, ..worker(name, index) }
+}
+
+fn limits(max_rules: u32, workers: Option<u32>, cpus: &[u32]) -> Limits {
+    let host = HostLimits { locked_bytes: None, memory_bytes: 1 << 32, descriptors: 1024 };
+    Limits { max_rules, workers, cpus: cpus.to_vec(), source_port: 4000, host, no_bpf: None }
 }
 
 /// `ethN` with index `10 + N` and the address 10.0.N.1, one queue.
@@ -56,7 +65,9 @@ fn cam() -> Rule {
 /// An effect as a line: verb, place, what.
 fn line(effect: &Effect) -> String {
     match effect {
+        Effect::Prepare { interface } => format!("prepare {interface}"),
         Effect::Attach { interface } => format!("attach {interface}"),
+        Effect::OpenFanout { interface, fanout } => format!("fanout {interface} x{}", fanout.sockets),
         Effect::Detach { interface } => format!("detach {interface}"),
         Effect::StartWorker { id, .. } => format!("start {id}"),
         Effect::Steer { id } => format!("steer {id}"),
@@ -83,7 +94,7 @@ fn line(effect: &Effect) -> String {
         }
         Effect::RemoveRule { id, slot } => format!("remove {id} rule {}", slot.0),
         Effect::SetFlow { interface, key, value } => {
-            let action = if value.action == action::LOOP { "loop" } else { "steer" };
+            let action = ["steer", "loop", "pass"][value.action as usize - 1];
             format!("set {interface} {} {action} rule {}", flow(key), value.rule)
         }
         Effect::DeleteFlow { interface, key } => format!("delete {interface} {}", flow(key)),
@@ -115,11 +126,25 @@ struct Process {
     dead: bool,
 }
 
+/// What an interface has in the kernel.
+#[derive(Clone, Debug)]
+struct Kernel {
+    index: IfIndex,
+    xdp: bool,
+    fanout: Option<Fanout>,
+}
+
+impl Kernel {
+    fn serves(&self, datapath: Datapath) -> bool {
+        if datapath == Datapath::AfPacket { self.fanout.is_some() } else { self.xdp }
+    }
+}
+
 /// Kernel and workers. What no sound supervisor asks for panics.
 #[derive(Clone, Debug, Default)]
 struct World {
     links: Links,
-    attached: BTreeMap<InterfaceName, IfIndex>,
+    served: BTreeMap<InterfaceName, Kernel>,
     flows: BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>,
     memberships: BTreeSet<Membership>,
     processes: BTreeMap<WorkerId, Process>,
@@ -130,17 +155,31 @@ struct World {
 impl World {
     fn execute(&mut self, effect: &Effect) {
         match effect {
+            Effect::Prepare { interface } => {
+                let index = self.links.get(interface).expect("prepared what is not there").index;
+                let kernel = Kernel { index, xdp: false, fanout: None };
+                assert!(self.served.insert(interface.clone(), kernel).is_none(), "prepared twice");
+            }
             Effect::Attach { interface } => {
-                let index = self.links.get(interface).expect("attached to nothing").index;
-                assert_eq!(self.attached.insert(interface.clone(), index), None, "attached twice");
+                let kernel = self.served.get_mut(interface).expect("attached before it was prepared");
+                assert!(!kernel.xdp, "attached twice");
+                kernel.xdp = true;
+            }
+            Effect::OpenFanout { interface, fanout } => {
+                let kernel = self.served.get_mut(interface).expect("opened before it was prepared");
+                assert_eq!(kernel.fanout.replace(*fanout), None, "opened twice");
+                let flows = self.flows.get(interface).into_iter().flatten();
+                assert!(flows.into_iter().all(|(_, flow)| flow.action != action::PASS), "joined under load");
             }
             Effect::Detach { interface } => {
                 assert!(!self.processes.keys().any(|id| id.interface == *interface), "workers outlive it");
-                self.attached.remove(interface).expect("detached what is not attached");
+                self.served.remove(interface).expect("detached what is not served");
                 self.flows.remove(interface);
             }
             Effect::StartWorker { id, spec } => {
-                assert!(self.attached.contains_key(&id.interface), "a worker without a program");
+                let kernel =
+                    self.served.get(&id.interface).expect("a worker of an interface that is not served");
+                assert!(kernel.serves(id.datapath), "a worker without a program or a socket");
                 let process = Process { spec: Some(spec.clone()), ..Process::default() };
                 assert!(self.processes.insert(id.clone(), process).is_none(), "{id} started twice");
             }
@@ -169,19 +208,25 @@ impl World {
             Effect::RemoveRule { id, slot } => {
                 assert!(!self.dirty, "removed before the barrier");
                 let mut flows = self.flows.get(&id.interface).into_iter().flatten();
-                let steered = flows.any(|(_, flow)| (flow.rule, flow.action) == (slot.0, action::STEER));
-                assert!(!steered, "its flow stands");
+                let fed =
+                    flows.any(|(_, flow)| (flow.rule, flow.action) == (slot.0, relaying_action(id.datapath)));
+                assert!(!fed, "its flow stands");
                 self.process(id).rules.remove(&slot.0).expect("removed what is not there");
             }
             Effect::SetFlow { interface, key, value } => {
-                assert!(self.attached.contains_key(interface), "a flow without a program");
+                let kernel = self.served.get(interface).expect("a flow without a program");
+                let served = [Datapath::AfXdp, Datapath::AfPacket]
+                    .iter()
+                    .any(|datapath| relaying_action(*datapath) == value.action && kernel.serves(*datapath));
+                assert!(served || bars(value.action), "a flow that nobody takes");
                 let held = |(id, process): (&WorkerId, &Process)| {
                     let holds = process.dead || process.rules.contains_key(&value.rule);
-                    id.interface != *interface || holds
+                    let its = id.interface == *interface && relaying_action(id.datapath) == value.action;
+                    !its || holds
                 };
-                let steers = value.action == action::STEER;
-                assert!(!steers || self.processes.iter().all(held), "steered to a worker without the rule");
-                self.flows.entry(interface.clone()).or_default().insert(*key, *value);
+                assert!(self.processes.iter().all(held), "given to a worker without the rule");
+                let former = self.flows.entry(interface.clone()).or_default().insert(*key, *value);
+                self.dirty |= former.is_some_and(|former| former.action != value.action);
             }
             Effect::DeleteFlow { interface, key } => {
                 self.flows.entry(interface.clone()).or_default().remove(key);
@@ -218,7 +263,7 @@ struct Supervisor {
 
 impl Supervisor {
     fn new() -> Self {
-        Self::with(Limits { max_rules: 8, workers: None, cpus: vec![0], source_port: 4000 })
+        Self::with(limits(8, None, &[0]))
     }
 
     fn with(limits: Limits) -> Self {
@@ -341,14 +386,15 @@ impl Supervisor {
         let wanted: Vec<_> = self.state.rules().iter().cloned().collect();
         let there = |entry: &&Entry| self.world.links.contains_key(&entry.rule.input.interface);
         let served: Vec<_> = wanted.iter().filter(there).collect();
-        for (name, index) in &self.world.attached {
-            assert_eq!(self.world.links.get(name).map(|link| link.index), Some(*index), "{name}");
+        for (name, kernel) in &self.world.served {
+            assert_eq!(self.world.links.get(name).map(|link| link.index), Some(kernel.index), "{name}");
         }
         let mut memberships = BTreeSet::new();
         for entry in &served {
             let input = &entry.rule.input;
             let link = &self.world.links[&input.interface];
-            assert!(self.world.attached.contains_key(&input.interface), "{}", input.interface);
+            let kernel = &self.world.served[&input.interface];
+            assert!(kernel.serves(self.datapath(&entry.rule)), "{}", input.interface);
             if link.up {
                 memberships.insert(Membership {
                     interface: link.index,
@@ -361,15 +407,21 @@ impl Supervisor {
         for (name, link) in &self.world.links {
             let rules: Vec<_> = served.iter().filter(|entry| entry.rule.input.interface == *name).collect();
             self.check_flows(name, &rules);
-            if self.world.attached.contains_key(name) {
-                self.check_workers(name, link, &rules);
+            if let Some(kernel) = self.world.served.get(name) {
+                self.check_workers(name, link, kernel, &rules);
             }
         }
         assert!(!self.world.dirty);
         let named = self.world.flows.iter().filter(|(_, flows)| !flows.is_empty()).map(|(name, _)| name);
         for name in named.chain(self.world.processes.keys().map(|id| &id.interface)) {
-            assert!(self.world.attached.contains_key(name), "{name} has no program");
+            assert!(self.world.served.contains_key(name), "{name} has no program");
         }
+    }
+
+    /// The datapath of a rule, as the kernel has it.
+    fn datapath(&self, rule: &Rule) -> Datapath {
+        let xdp = self.world.served.get(&rule.input.interface).is_some_and(|kernel| kernel.xdp);
+        rule.datapath.0.unwrap_or(if xdp { Datapath::AfXdp } else { Datapath::AfPacket })
     }
 
     fn check_flows(&self, name: &InterfaceName, rules: &[&&Entry]) {
@@ -377,7 +429,10 @@ impl Supervisor {
         let flows = self.world.flows.get(name).unwrap_or(&none);
         let mut expected: BTreeMap<_, _> = rules
             .iter()
-            .map(|entry| (ruleset::key(&entry.rule.input), (entry.slot.0, action::STEER)))
+            .map(|entry| {
+                let action = relaying_action(self.datapath(&entry.rule));
+                (ruleset::key(&entry.rule.input), (entry.slot.0, action))
+            })
             .collect();
         for output in self.state.rules().iter().flat_map(|entry| &entry.rule.outputs) {
             let Some(source) = self.source(output) else { continue };
@@ -398,13 +453,17 @@ impl Supervisor {
         assert_eq!(flows, expected, "{name}");
     }
 
-    fn check_workers(&self, name: &InterfaceName, link: &Link, rules: &[&&Entry]) {
+    fn check_workers(&self, name: &InterfaceName, link: &Link, kernel: &Kernel, rules: &[&&Entry]) {
         let mut queues: Vec<u32> = Vec::new();
+        let mut packet_workers = 0;
         for (id, process) in self.world.processes.iter().filter(|(id, _)| id.interface == *name) {
             let spec = process.spec.as_ref().unwrap();
             assert_eq!(spec.ifindex, link.index, "{id}");
             assert!(process.steered, "{id}");
-            queues.extend(&spec.queues);
+            queues.extend(spec.source.queues());
+            packet_workers += u32::from(spec.source == FrameSource::AfPacket);
+            let rules: Vec<_> =
+                rules.iter().filter(|entry| self.datapath(&entry.rule) == id.datapath).collect();
             let slots: Vec<_> = rules.iter().map(|entry| entry.slot.0).collect();
             assert!(slots.iter().collect::<BTreeSet<_>>().into_iter().eq(process.rules.keys()), "{id}");
             for entry in rules {
@@ -414,7 +473,9 @@ impl Supervisor {
             assert_eq!(open, needed_sockets(&process.rules), "{id}");
         }
         queues.sort_unstable();
-        assert!(queues.iter().copied().eq(0..link.rx_queues), "{name}: {queues:?}");
+        let all = if kernel.xdp { link.rx_queues } else { 0 };
+        assert!(queues.iter().copied().eq(0..all), "{name}: {queues:?}");
+        assert_eq!(packet_workers, kernel.fanout.map_or(0, |fanout| fanout.sockets), "{name}");
     }
 
     fn check_rule(&self, process: &Process, entry: &Entry) {
@@ -456,18 +517,19 @@ fn the_first_rule_of_an_interface_brings_everything_and_the_flow_last() {
     did(
         &supervisor.add(cam()),
         &[
+            "prepare eth0",
             "attach eth0",
-            "start eth0/0",
-            "open eth0/0 #0 eth1%11:4000",
-            "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
-            "steer eth0/0",
+            "start eth0/xdp0",
+            "open eth0/xdp0 #0 eth1%11:4000",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "steer eth0/xdp0",
             "join 239.1.1.1%10",
             "set eth0 *,239.1.1.1:5000 steer rule 0",
         ],
     );
     supervisor.check_settled();
     assert_eq!(supervisor.problem("cam"), None);
-    assert!(supervisor.state.is_attached(&interface("eth0")));
+    assert!(supervisor.state.serves(&interface("eth0"), Datapath::AfXdp));
     // The very same rule again is nothing to do.
     did(&supervisor.add(cam()), &[]);
 }
@@ -478,7 +540,7 @@ fn the_second_rule_of_an_interface_uses_what_stands() {
     did(
         &supervisor.add(rule("mic", "232.1.1.2:5000@eth0,source=192.0.2.7", &["239.2.2.2:7000@eth1"])),
         &[
-            "upsert eth0/0 rule 1 1>239.2.2.2:7000 by #0 from 10.0.1.1",
+            "upsert eth0/xdp0 rule 1 1>239.2.2.2:7000 by #0 from 10.0.1.1",
             "join 192.0.2.7,232.1.1.2%10",
             "set eth0 192.0.2.7,232.1.1.2:5000 steer rule 1",
         ],
@@ -491,10 +553,10 @@ fn the_second_rule_of_an_interface_uses_what_stands() {
             &["239.2.2.3:1@eth2", "239.2.2.3:1@eth1,from=10.0.1.1:53", "239.2.2.4:1@eth1,loop=true"],
         )),
         &[
-            "open eth0/0 #1 eth2%12:4000",
-            "open eth0/0 #2 eth1%11:53",
-            "open eth0/0 #3 eth1%11:4000 loop",
-            "upsert eth0/0 rule 2 2>239.2.2.3:1 by #1 from 10.0.2.1 3>239.2.2.3:1 by #2 from 10.0.1.1 \
+            "open eth0/xdp0 #1 eth2%12:4000",
+            "open eth0/xdp0 #2 eth1%11:53",
+            "open eth0/xdp0 #3 eth1%11:4000 loop",
+            "upsert eth0/xdp0 rule 2 2>239.2.2.3:1 by #1 from 10.0.2.1 3>239.2.2.3:1 by #2 from 10.0.1.1 \
              4>239.2.2.4:1 by #3 from 10.0.1.1",
             "join 239.1.1.3%10",
             "set eth0 *,239.1.1.3:5000 steer rule 2",
@@ -509,12 +571,13 @@ fn loops_are_barred_before_anything_is_steered() {
     did(
         &supervisor.add(rule("back", "239.2.2.2:6000@eth1", &["239.1.1.1:5000@eth0"])),
         &[
+            "prepare eth1",
             "attach eth1",
             "set eth0 10.0.0.1,239.1.1.1:5000 loop rule 0",
-            "start eth1/0",
-            "open eth1/0 #1 eth0%10:4000",
-            "upsert eth1/0 rule 1 1>239.1.1.1:5000 by #1 from 10.0.0.1",
-            "steer eth1/0",
+            "start eth1/xdp0",
+            "open eth1/xdp0 #1 eth0%10:4000",
+            "upsert eth1/xdp0 rule 1 1>239.1.1.1:5000 by #1 from 10.0.0.1",
+            "steer eth1/xdp0",
             "set eth1 10.0.1.1,239.2.2.2:6000 loop rule 1",
             "join 239.2.2.2%11",
             "set eth1 *,239.2.2.2:6000 steer rule 1",
@@ -527,9 +590,9 @@ fn loops_are_barred_before_anything_is_steered() {
         &[
             "delete eth1 *,239.2.2.2:6000",
             "barrier",
-            "remove eth1/0 rule 1",
+            "remove eth1/xdp0 rule 1",
             "leave 239.2.2.2%11",
-            "close eth1/0 #1",
+            "close eth1/xdp0 #1",
             "delete eth0 10.0.0.1,239.1.1.1:5000",
             "delete eth1 10.0.1.1,239.2.2.2:6000",
             "barrier",
@@ -547,9 +610,9 @@ fn a_rule_goes_flow_first_and_its_sockets_last() {
         &[
             "delete eth0 *,239.1.1.2:5000",
             "barrier",
-            "remove eth0/0 rule 1",
+            "remove eth0/xdp0 rule 1",
             "leave 239.1.1.2%10",
-            "close eth0/0 #1",
+            "close eth0/xdp0 #1",
         ],
     );
     supervisor.check_settled();
@@ -559,19 +622,19 @@ fn a_rule_goes_flow_first_and_its_sockets_last() {
         &[
             "delete eth0 *,239.1.1.1:5000",
             "barrier",
-            "remove eth0/0 rule 0",
+            "remove eth0/xdp0 rule 0",
             "leave 239.1.1.1%10",
-            "close eth0/0 #0",
+            "close eth0/xdp0 #0",
         ],
     );
     supervisor.check_settled();
-    assert!(supervisor.state.is_attached(&interface("eth0")));
+    assert!(supervisor.state.serves(&interface("eth0"), Datapath::AfXdp));
     // So that the next one finds them.
     did(
         &supervisor.add(cam()),
         &[
-            "open eth0/0 #0 eth1%11:4000",
-            "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "open eth0/xdp0 #0 eth1%11:4000",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
             "join 239.1.1.1%10",
             "set eth0 *,239.1.1.1:5000 steer rule 0",
         ],
@@ -584,20 +647,20 @@ fn an_amended_rule_is_replaced_without_touching_its_flow() {
     did(
         &supervisor.amend("cam", &["239.2.2.3:6000@eth2"], &[]),
         &[
-            "open eth0/0 #1 eth2%12:4000",
-            "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1 1>239.2.2.3:6000 by #1 from 10.0.2.1",
+            "open eth0/xdp0 #1 eth2%12:4000",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1 1>239.2.2.3:6000 by #1 from 10.0.2.1",
         ],
     );
     did(
         &supervisor.amend("cam", &["239.2.2.3:6000@eth2,ttl=3"], &["239.2.2.2:6000@eth1"]),
-        &["upsert eth0/0 rule 0 1>239.2.2.3:6000 by #1 from 10.0.2.1", "close eth0/0 #0"],
+        &["upsert eth0/xdp0 rule 0 1>239.2.2.3:6000 by #1 from 10.0.2.1", "close eth0/xdp0 #0"],
     );
     did(
         &supervisor.amend("cam", &["239.2.2.3:6000@eth2,loop=true"], &[]),
         &[
-            "open eth0/0 #2 eth2%12:4000 loop",
-            "upsert eth0/0 rule 0 1>239.2.2.3:6000 by #2 from 10.0.2.1",
-            "close eth0/0 #1",
+            "open eth0/xdp0 #2 eth2%12:4000 loop",
+            "upsert eth0/xdp0 rule 0 1>239.2.2.3:6000 by #2 from 10.0.2.1",
+            "close eth0/xdp0 #1",
         ],
     );
     did(&supervisor.amend("cam", &["239.2.2.3:6000@eth2,loop=true"], &[]), &[]);
@@ -649,11 +712,12 @@ fn a_rule_waits_for_its_interface() {
     did(
         &supervisor.links(down),
         &[
+            "prepare eth0",
             "attach eth0",
-            "start eth0/0",
-            "open eth0/0 #0 eth1%11:4000",
-            "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
-            "steer eth0/0",
+            "start eth0/xdp0",
+            "open eth0/xdp0 #0 eth1%11:4000",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "steer eth0/xdp0",
             "set eth0 *,239.1.1.1:5000 steer rule 0",
         ],
     );
@@ -670,17 +734,18 @@ fn a_rule_waits_for_its_interface() {
 #[test]
 fn an_interface_that_goes_takes_its_program_along_and_gets_another() {
     let mut supervisor = Supervisor::serving(&[cam()]);
-    let gone = ["stop eth0/0", "detach eth0", "leave 239.1.1.1%10"];
+    let gone = ["stop eth0/xdp0", "detach eth0", "leave 239.1.1.1%10"];
     did(&supervisor.links(links(1..4)), &gone);
     supervisor.check_settled();
     let missing = "interface eth0 does not exist".to_owned();
     assert_eq!(supervisor.problem("cam"), Some((Problem::Waits, missing)));
     let again = [
+        "prepare eth0",
         "attach eth0",
-        "start eth0/0",
-        "open eth0/0 #0 eth1%11:4000",
-        "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
-        "steer eth0/0",
+        "start eth0/xdp0",
+        "open eth0/xdp0 #0 eth1%11:4000",
+        "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+        "steer eth0/xdp0",
         "join 239.1.1.1%20",
         "set eth0 *,239.1.1.1:5000 steer rule 0",
     ];
@@ -703,7 +768,7 @@ fn an_interface_without_rules_goes_and_stays_away() {
     supervisor.remove("cam");
     let mut remade = links(0..4);
     remade.get_mut(&interface("eth0")).unwrap().index = IfIndex(20);
-    did(&supervisor.links(remade), &["stop eth0/0", "detach eth0"]);
+    did(&supervisor.links(remade), &["stop eth0/xdp0", "detach eth0"]);
     supervisor.check_settled();
 }
 
@@ -716,7 +781,7 @@ fn an_output_waits_for_its_interface_and_leaves_the_others_alone() {
         change(&mut changed);
         did(
             &supervisor.links(changed),
-            &["upsert eth0/0 rule 0 0>pending 1>239.2.2.3:6000 by #1 from 10.0.2.1", "close eth0/0 #0"],
+            &["upsert eth0/xdp0 rule 0 0>pending 1>239.2.2.3:6000 by #1 from 10.0.2.1", "close eth0/xdp0 #0"],
         );
         let first = output("239.2.2.2:6000@eth1");
         assert_eq!(supervisor.state.output_pending(&first).as_deref(), Some(pending));
@@ -727,8 +792,8 @@ fn an_output_waits_for_its_interface_and_leaves_the_others_alone() {
         did(
             &back,
             &[
-                "open eth0/0 #0 eth1%11:4000",
-                "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1 1>239.2.2.3:6000 by #1 from 10.0.2.1",
+                "open eth0/xdp0 #0 eth1%11:4000",
+                "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1 1>239.2.2.3:6000 by #1 from 10.0.2.1",
             ],
         );
         assert_eq!(supervisor.state.output_pending(&first), None);
@@ -767,21 +832,21 @@ fn what_changes_of_an_egress_interface_reaches_the_worker() {
     let moved = Ipv4Addr::new(10, 9, 9, 9);
     check(
         |link| link.addresses = vec![moved],
-        &["upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.9.9.9"],
+        &["upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.9.9.9"],
     );
     check(
         |link| link.addresses.insert(0, moved),
-        &["upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.9.9.9"],
+        &["upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.9.9.9"],
     );
     // A second address is none of its business.
     check(|link| link.addresses.push(moved), &[]);
-    check(|link| link.mtu = 1400, &["upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1"]);
+    check(|link| link.mtu = 1400, &["upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1"]);
     check(
         |link| link.index = IfIndex(21),
         &[
-            "open eth0/0 #1 eth1%21:4000",
-            "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #1 from 10.0.1.1",
-            "close eth0/0 #0",
+            "open eth0/xdp0 #1 eth1%21:4000",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #1 from 10.0.1.1",
+            "close eth0/xdp0 #0",
         ],
     );
     check(|link| link.xdp_program = Some(7), &[]);
@@ -793,7 +858,7 @@ fn a_source_that_an_output_names_must_be_an_address_of_the_host() {
     let named = rule("named", "239.1.1.1:5000@eth0", &["239.2.2.2:6000@eth1,from=10.0.3.1"]);
     let mut supervisor = Supervisor::serving(std::slice::from_ref(&named));
     assert_eq!(supervisor.state.output_pending(&named.outputs[0]), None);
-    did(&supervisor.links(links(0..3)), &["upsert eth0/0 rule 0 0>pending", "close eth0/0 #0"]);
+    did(&supervisor.links(links(0..3)), &["upsert eth0/xdp0 rule 0 0>pending", "close eth0/xdp0 #0"]);
     let why = "10.0.3.1 is no address of this host";
     assert_eq!(supervisor.state.output_pending(&named.outputs[0]).as_deref(), Some(why));
     supervisor.check_settled();
@@ -807,7 +872,7 @@ fn a_loop_follows_the_source_address() {
         &supervisor.change("eth1", |link| link.addresses = vec![Ipv4Addr::new(10, 9, 9, 9)]),
         &[
             "set eth1 10.9.9.9,239.2.2.2:6000 loop rule 1",
-            "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.9.9.9",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.9.9.9",
             "delete eth1 10.0.1.1,239.2.2.2:6000",
             "barrier",
         ],
@@ -817,21 +882,21 @@ fn a_loop_follows_the_source_address() {
 
 #[test]
 fn another_mtu_or_other_queues_make_other_workers() {
-    let limits = Limits { max_rules: 8, workers: None, cpus: vec![4, 5], source_port: 4000 };
-    let mut supervisor = Supervisor::with(limits);
+    let mut supervisor = Supervisor::with(limits(8, None, &[4, 5]));
     supervisor.links(links(0..4));
     supervisor.add(cam());
     let spec = |supervisor: &Supervisor, index| {
         let spec = supervisor.state.workers()[&worker("eth0", index)].spec.clone().unwrap();
-        (spec.queues, spec.cpu, spec.chunk_bytes)
+        let FrameSource::AfXdp { queues, chunk_bytes } = spec.source else { panic!("no queues") };
+        (queues, spec.cpu, chunk_bytes)
     };
     assert_eq!(spec(&supervisor, 0), (vec![0], Some(4), 2048));
     let replaced = [
-        "stop eth0/0",
-        "start eth0/0",
-        "open eth0/0 #0 eth1%11:4000",
-        "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
-        "steer eth0/0",
+        "stop eth0/xdp0",
+        "start eth0/xdp0",
+        "open eth0/xdp0 #0 eth1%11:4000",
+        "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+        "steer eth0/xdp0",
     ];
     did(&supervisor.change("eth0", |link| link.mtu = 3000), &replaced);
     assert_eq!(spec(&supervisor, 0), (vec![0], Some(4), 4096));
@@ -840,7 +905,7 @@ fn another_mtu_or_other_queues_make_other_workers() {
     assert_eq!(spec(&supervisor, 1), (vec![1], Some(5), 4096));
     supervisor.check_settled();
     // One queue is left, and one worker.
-    let mut fewer = vec!["stop eth0/1"];
+    let mut fewer = vec!["stop eth0/xdp1"];
     fewer.extend(replaced);
     let mut done = supervisor.change("eth0", |link| link.rx_queues = 1);
     done[..2].sort_by(|a, b| b.cmp(a));
@@ -850,22 +915,22 @@ fn another_mtu_or_other_queues_make_other_workers() {
 
 #[test]
 fn queues_are_shared_as_the_operator_said() {
-    let limits = Limits { max_rules: 8, workers: Some(2), cpus: vec![4], source_port: 4000 };
-    let mut supervisor = Supervisor::with(limits);
+    let mut supervisor = Supervisor::with(limits(8, Some(2), &[4]));
     supervisor.links(links(0..4));
     supervisor.change("eth0", |link| link.rx_queues = 5);
     did(
         &supervisor.add(cam()),
         &[
+            "prepare eth0",
             "attach eth0",
-            "start eth0/0",
-            "open eth0/0 #0 eth1%11:4000",
-            "upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
-            "steer eth0/0",
-            "start eth0/1",
-            "open eth0/1 #0 eth1%11:4000",
-            "upsert eth0/1 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
-            "steer eth0/1",
+            "start eth0/xdp0",
+            "open eth0/xdp0 #0 eth1%11:4000",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "steer eth0/xdp0",
+            "start eth0/xdp1",
+            "open eth0/xdp1 #0 eth1%11:4000",
+            "upsert eth0/xdp1 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "steer eth0/xdp1",
             "join 239.1.1.1%10",
             "set eth0 *,239.1.1.1:5000 steer rule 0",
         ],
@@ -878,8 +943,8 @@ fn a_worker_that_died_gets_its_rules_before_anything_is_steered_to_it() {
     let mic = rule("mic", "239.1.1.2:5000@eth0", &["239.2.2.2:7000@eth2"]);
     let mut supervisor = Supervisor::serving(&[cam(), mic]);
     let id = worker("eth0", 0);
-    did(&supervisor.exit(&id, LONG), &["restart eth0/0 after 50ms"]);
-    let why = "worker eth0/0 is being restarted: killed".to_owned();
+    did(&supervisor.exit(&id, LONG), &["restart eth0/xdp0 after 50ms"]);
+    let why = "worker eth0/xdp0 is being restarted: killed".to_owned();
     assert_eq!(supervisor.problem("cam"), Some((Problem::Waits, why)));
     // Meanwhile rules come and go.
     did(&supervisor.remove("cam"), &["delete eth0 *,239.1.1.1:5000", "barrier", "leave 239.1.1.1%10"]);
@@ -888,12 +953,12 @@ fn a_worker_that_died_gets_its_rules_before_anything_is_steered_to_it() {
     did(
         &supervisor.restart(&id),
         &[
-            "start eth0/0",
-            "open eth0/0 #0 eth1%11:4000",
-            "open eth0/0 #1 eth2%12:4000",
-            "upsert eth0/0 rule 1 1>239.2.2.2:7000 by #1 from 10.0.2.1",
-            "upsert eth0/0 rule 0 0>239.2.2.3:7000 by #0 from 10.0.1.1",
-            "steer eth0/0",
+            "start eth0/xdp0",
+            "open eth0/xdp0 #0 eth1%11:4000",
+            "open eth0/xdp0 #1 eth2%12:4000",
+            "upsert eth0/xdp0 rule 1 1>239.2.2.2:7000 by #1 from 10.0.2.1",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.3:7000 by #0 from 10.0.1.1",
+            "steer eth0/xdp0",
         ],
     );
     assert_eq!(supervisor.problem("mic"), None);
@@ -923,8 +988,8 @@ fn the_pause_before_a_restart_doubles_and_ends_with_a_long_life() {
         (LONG, "50ms"),
         (LONG, "50ms"),
     ] {
-        did(&supervisor.exit(&id, lived), &[&format!("restart eth0/0 after {pause}")]);
-        assert_eq!(supervisor.restart(&id)[0], "start eth0/0");
+        did(&supervisor.exit(&id, lived), &[&format!("restart eth0/xdp0 after {pause}")]);
+        assert_eq!(supervisor.restart(&id)[0], "start eth0/xdp0");
         supervisor.check_settled();
     }
     assert_eq!(supervisor.state.mishaps(&id).restarts, 14);
@@ -932,16 +997,15 @@ fn the_pause_before_a_restart_doubles_and_ends_with_a_long_life() {
 
 #[test]
 fn a_worker_dies_alone() {
-    let limits = Limits { max_rules: 8, workers: Some(2), cpus: vec![4], source_port: 4000 };
-    let mut supervisor = Supervisor::with(limits);
+    let mut supervisor = Supervisor::with(limits(8, Some(2), &[4]));
     supervisor.links(links(0..4));
     supervisor.change("eth0", |link| link.rx_queues = 2);
     supervisor.add(cam());
-    did(&supervisor.exit(&worker("eth0", 1), SHORT), &["restart eth0/1 after 50ms"]);
+    did(&supervisor.exit(&worker("eth0", 1), SHORT), &["restart eth0/xdp1 after 50ms"]);
     assert!(supervisor.world.processes[&worker("eth0", 0)].steered);
-    did(&supervisor.exit(&worker("eth0", 0), SHORT), &["restart eth0/0 after 50ms"]);
-    assert_eq!(supervisor.restart(&worker("eth0", 1))[0], "start eth0/1");
-    assert_eq!(supervisor.restart(&worker("eth0", 0))[0], "start eth0/0");
+    did(&supervisor.exit(&worker("eth0", 0), SHORT), &["restart eth0/xdp0 after 50ms"]);
+    assert_eq!(supervisor.restart(&worker("eth0", 1))[0], "start eth0/xdp1");
+    assert_eq!(supervisor.restart(&worker("eth0", 0))[0], "start eth0/xdp0");
     supervisor.check_settled();
 }
 
@@ -960,51 +1024,231 @@ fn a_worker_whose_interface_went_is_started_when_it_is_back() {
 #[test]
 fn a_worker_that_failed_and_was_stopped_before_its_end_was_told_is_started_again() {
     let mut supervisor = Supervisor::serving(&[cam()]);
-    supervisor.failing = vec!["upsert eth0/0".to_owned()];
+    supervisor.failing = vec!["upsert eth0/xdp0".to_owned()];
     supervisor.amend("cam", &["239.2.2.2:6000@eth1,ttl=3"], &[]);
     supervisor.failing.clear();
     // The supervisor does not hear of the end of a worker that it has stopped.
-    assert_eq!(supervisor.links(links(1..4))[0], "stop eth0/0");
+    assert_eq!(supervisor.links(links(1..4))[0], "stop eth0/xdp0");
     supervisor.links(links(0..4));
     supervisor.check_settled();
     assert!(supervisor.state.workers().contains_key(&worker("eth0", 0)));
 }
 
+/// `cam` by a datapath that is asked for by name.
+fn cam_by(datapath: &str) -> Rule {
+    Rule { datapath: datapath.parse().unwrap(), ..cam() }
+}
+
 #[test]
-fn an_attachment_that_failed_is_tried_again_when_something_has_changed() {
+fn an_attachment_by_name_that_failed_is_tried_again_when_something_has_changed() {
     let mut supervisor = Supervisor::serving(&[]);
     supervisor.failing = vec!["attach eth0".to_owned()];
-    did(&supervisor.add(cam()), &["! attach eth0"]);
-    let problem = Some((Problem::Failed, "cannot attach eth0".to_owned()));
-    assert_eq!(supervisor.problem("cam"), problem);
-    assert_eq!(supervisor.state.interface_problem(&interface("eth0")), problem);
+    did(&supervisor.add(cam_by("af-xdp")), &["prepare eth0", "! attach eth0"]);
+    let why = "cannot attach eth0; --datapath auto takes af-packet there".to_owned();
+    assert_eq!(supervisor.problem("cam"), Some((Problem::Failed, why)));
     // Not by itself, nor for what concerns others.
     did(&supervisor.settle(), &[]);
     did(&supervisor.change("eth3", |link| link.mtu = 1400), &[]);
-    did(&supervisor.remove("cam"), &[]);
+    did(&supervisor.remove("cam"), &["detach eth0"]);
     // Not for a rule of another interface, which goes its way.
     let other = supervisor.add(rule("mic", "239.1.1.2:5000@eth1", &["239.2.2.2:7000@eth2"]));
-    assert_eq!((other[0].as_str(), other.len()), ("attach eth1", 7));
+    assert_eq!((other[1].as_str(), other.len()), ("attach eth1", 8));
     // When it is asked for again, when the interface has changed.
-    did(&supervisor.add(cam()), &["! attach eth0"]);
-    did(&supervisor.add(cam()), &["! attach eth0"]);
+    did(&supervisor.add(cam_by("af-xdp")), &["prepare eth0", "! attach eth0"]);
+    did(&supervisor.add(cam_by("af-xdp")), &["! attach eth0"]);
     did(&supervisor.change("eth0", |link| link.mtu = 1400), &["! attach eth0"]);
     supervisor.failing.clear();
     did(&supervisor.settle(), &[]);
-    assert_eq!(supervisor.change("eth0", |link| link.xdp_program = None), [""; 0]);
+    assert_eq!(supervisor.change("eth0", |link| link.addresses.clear()), [""; 0]);
     assert_eq!(supervisor.change("eth0", |link| link.mtu = 1500)[0], "attach eth0");
     assert_eq!(supervisor.problem("cam"), None);
     supervisor.check_settled();
 }
 
+/// What it takes to relay `cam` by packet sockets, once they are open.
+const CAM_BY_PACKET: [&str; 6] = [
+    "start eth0/packet0",
+    "open eth0/packet0 #0 eth1%11:4000",
+    "upsert eth0/packet0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+    "steer eth0/packet0",
+    "join 239.1.1.1%10",
+    "set eth0 *,239.1.1.1:5000 pass rule 0",
+];
+
 #[test]
-fn an_mtu_that_no_chunk_holds_is_a_failure_until_it_is_another() {
+fn auto_takes_af_packet_where_xdp_cannot_attach_and_says_why() {
+    let mut supervisor = Supervisor::serving(&[]);
+    supervisor.failing = vec!["attach eth0".to_owned()];
+    let first = ["prepare eth0", "! attach eth0", "fanout eth0 x1"];
+    assert_eq!(supervisor.add(cam()), [&first[..], &CAM_BY_PACKET].concat());
+    assert_eq!(supervisor.problem("cam"), None);
+    assert_eq!(supervisor.state.no_xdp(&interface("eth0")).as_deref(), Some("cannot attach eth0"));
+    supervisor.check_settled();
+    // It is not tried again for what XDP does not depend on, nor for each rule.
+    did(&supervisor.change("eth0", |link| link.addresses.clear()), &[]);
+    assert_eq!(
+        supervisor.add(rule("mic", "239.1.1.2:5000@eth0", &["239.2.2.2:7000@eth1"]))[0],
+        "upsert eth0/packet0 rule 1 1>239.2.2.2:7000 by #0 from 10.0.1.1"
+    );
+    // An attempt that fails again disturbs nothing.
+    did(&supervisor.change("eth0", |link| link.xdp_program = Some(7)), &["! attach eth0"]);
+    supervisor.check_settled();
+    // A slot that comes free is taken, and the rules move when a worker relays there.
+    supervisor.remove("mic");
+    supervisor.failing.clear();
+    did(
+        &supervisor.change("eth0", |link| link.xdp_program = None),
+        &[
+            "attach eth0",
+            "start eth0/xdp0",
+            "steer eth0/xdp0",
+            "open eth0/xdp0 #0 eth1%11:4000",
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "set eth0 *,239.1.1.1:5000 steer rule 0",
+            "barrier",
+            "remove eth0/packet0 rule 0",
+            "close eth0/packet0 #0",
+        ],
+    );
+    supervisor.check_settled();
+}
+
+#[test]
+fn a_rule_keeps_its_datapath_until_the_other_can_relay() {
+    let mut supervisor = Supervisor::serving(&[]);
+    supervisor.failing = vec!["attach eth0".to_owned()];
+    supervisor.add(cam());
+    supervisor.failing = vec!["start eth0/xdp0".to_owned()];
+    supervisor.change("eth0", |link| link.mtu = 1400);
+    assert_eq!(supervisor.world.flows[&interface("eth0")].values().next().unwrap().action, action::PASS);
+    supervisor.failing.clear();
+    supervisor.exit(&worker("eth0", 0), SHORT);
+    supervisor.restart(&worker("eth0", 0));
+    supervisor.check_settled();
+    assert_eq!(supervisor.world.flows[&interface("eth0")].values().next().unwrap().action, action::STEER);
+}
+
+#[test]
+fn af_packet_by_name_leaves_xdp_alone() {
+    let mut supervisor = Supervisor::serving(&[]);
+    let first = ["prepare eth0", "fanout eth0 x1"];
+    assert_eq!(supervisor.add(cam_by("af-packet")), [&first[..], &CAM_BY_PACKET].concat());
+    supervisor.check_settled();
+    // A rule of the other datapath on the same interface gets its own workers.
+    did(
+        &supervisor.add(rule("mic", "239.1.1.2:5000@eth0", &["239.2.2.2:7000@eth1"])),
+        &[
+            "attach eth0",
+            "start eth0/xdp0",
+            "open eth0/xdp0 #0 eth1%11:4000",
+            "upsert eth0/xdp0 rule 1 1>239.2.2.2:7000 by #0 from 10.0.1.1",
+            "steer eth0/xdp0",
+            "join 239.1.1.2%10",
+            "set eth0 *,239.1.1.2:5000 steer rule 1",
+        ],
+    );
+    supervisor.check_settled();
+    let amendment = Amendment { datapath: Some("af-xdp".parse().unwrap()), ..Amendment::default() };
+    supervisor.state.amend("cam", amendment).unwrap();
+    did(
+        &supervisor.settle(),
+        &[
+            "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "set eth0 *,239.1.1.1:5000 steer rule 0",
+            "barrier",
+            "remove eth0/packet0 rule 0",
+            "close eth0/packet0 #0",
+        ],
+    );
+    supervisor.check_settled();
+}
+
+#[test]
+fn packet_sockets_that_cannot_be_opened_are_a_failure() {
+    let mut supervisor = Supervisor::serving(&[]);
+    supervisor.failing = vec!["fanout eth0".to_owned()];
+    did(&supervisor.add(cam_by("af-packet")), &["prepare eth0", "! fanout eth0 x1"]);
+    assert_eq!(supervisor.problem("cam"), Some((Problem::Failed, "cannot fanout eth0 x1".to_owned())));
+    did(&supervisor.settle(), &[]);
+    supervisor.failing.clear();
+    assert_eq!(supervisor.change("eth0", |link| link.mtu = 1400)[0], "fanout eth0 x1");
+    supervisor.check_settled();
+}
+
+#[test]
+fn packet_workers_are_as_many_as_their_sockets_whatever_the_queues_become() {
+    let mut supervisor = Supervisor::with(limits(8, None, &[0, 1, 2, 3]));
+    supervisor.links(links(0..4));
+    supervisor.change("eth0", |link| link.rx_queues = 2);
+    assert_eq!(supervisor.add(cam_by("af-packet"))[1], "fanout eth0 x2");
+    assert_eq!(supervisor.world.processes.len(), 2);
+    did(&supervisor.change("eth0", |link| (link.rx_queues, link.mtu) = (4, 9000)), &[]);
+    supervisor.check_settled();
+    // A dead worker's socket stays: its successor takes up what waits there.
+    did(&supervisor.exit(&packet_worker("eth0", 1), SHORT), &["restart eth0/packet1 after 50ms"]);
+    assert_eq!(supervisor.restart(&packet_worker("eth0", 1))[0], "start eth0/packet1");
+    supervisor.check_settled();
+}
+
+#[test]
+fn frames_that_do_not_fit_are_refused_with_the_sum() {
+    let host = |locked_bytes, memory_bytes| HostLimits { locked_bytes, memory_bytes, descriptors: 1024 };
+    let with = |host| {
+        let mut supervisor = Supervisor::with(Limits { host, ..limits(8, None, &[0]) });
+        supervisor.links(links(0..4));
+        supervisor.change("eth1", |link| link.rx_queues = 2);
+        supervisor
+    };
+    let mic = || rule("mic", "239.1.1.2:5000@eth1", &["239.2.2.2:7000@eth2"]);
+    // One queue fits, two more do not.
+    let mut supervisor = with(host(Some(16 << 20), 1 << 32));
+    assert_eq!(supervisor.add(cam())[1], "attach eth0");
+    assert_eq!(supervisor.add(mic())[..2], ["prepare eth1", "fanout eth1 x1"]);
+    let why = supervisor.state.no_xdp(&interface("eth1")).unwrap();
+    assert!(
+        why.contains("2 RX queues x 4096 frames x 2048 bytes = 16.0 MiB, with 8.0 MiB already locked"),
+        "{why}"
+    );
+    assert_eq!(supervisor.problem("mic"), None);
+    let mut supervisor = with(host(None, 15 << 20));
+    assert_eq!(supervisor.add(cam_by("af-packet"))[1], "fanout eth0 x1");
+    did(&supervisor.add(mic()), &[]);
+    let (problem, why) = supervisor.problem("mic").unwrap();
+    assert!(problem == Problem::Failed && why.contains("were free at start"), "{why}");
+}
+
+#[test]
+fn without_ebpf_workers_bar_loops_themselves() {
+    let mut supervisor =
+        Supervisor::with(Limits { no_bpf: Some("no eBPF".to_owned()), ..limits(8, None, &[0]) });
+    supervisor.links(links(0..4));
+    let there = rule("there", "239.1.1.1:5000@eth0", &["239.1.1.1:5000@eth1"]);
+    let back = rule("back", "239.1.1.1:5000@eth1", &["239.1.1.1:5000@eth0"]);
+    supervisor.add(there);
+    supervisor.add(back);
+    supervisor.check_settled();
+    let rules: Vec<_> =
+        supervisor.world.processes.values().flat_map(|process| process.rules.values()).collect();
+    let own: Vec<_> = rules.iter().map(|rule| rule.own_sources.clone()).collect();
+    assert_eq!(own, [[Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 1, 1)]; 2]);
+    supervisor.add(Rule {
+        name: "x".parse().unwrap(),
+        input: "239.1.1.9:1@eth0".parse().unwrap(),
+        ..cam_by("af-xdp")
+    });
+    assert!(supervisor.problem("x").unwrap().1.starts_with("no eBPF"));
+}
+
+#[test]
+fn an_mtu_that_no_chunk_holds_is_af_packets_until_it_is_another() {
     let mut supervisor = Supervisor::new();
     supervisor.links(links(0..4));
     supervisor.change("eth0", |link| link.mtu = 9000);
-    did(&supervisor.add(cam()), &[]);
-    let why = "eth0: the MTU 9000 is too large for one UMEM chunk (3822 at most)".to_owned();
-    assert_eq!(supervisor.problem("cam"), Some((Problem::Failed, why)));
+    assert_eq!(supervisor.add(cam())[..2], ["prepare eth0", "fanout eth0 x1"]);
+    let why = "eth0: the MTU 9000 is too large for one UMEM chunk (3822 at most)";
+    assert_eq!(supervisor.state.no_xdp(&interface("eth0")).as_deref(), Some(why));
+    assert_eq!(supervisor.problem("cam"), None);
+    supervisor.check_settled();
     assert_eq!(supervisor.change("eth0", |link| link.mtu = 1500)[0], "attach eth0");
     supervisor.check_settled();
 }
@@ -1017,7 +1261,7 @@ fn a_group_that_cannot_be_joined_is_tried_again_when_its_interface_has_changed()
     did(
         &supervisor.add(cam()),
         &[
-            "upsert eth0/0 rule 1 1>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "upsert eth0/xdp0 rule 1 1>239.2.2.2:6000 by #0 from 10.0.1.1",
             "! join 239.1.1.1%10",
             "set eth0 *,239.1.1.1:5000 steer rule 1",
         ],
@@ -1044,7 +1288,7 @@ fn a_flow_that_cannot_be_set_fails_its_rule_and_no_other() {
     did(
         &supervisor.add(cam()),
         &[
-            "upsert eth0/0 rule 1 1>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "upsert eth0/xdp0 rule 1 1>239.2.2.2:6000 by #0 from 10.0.1.1",
             "join 239.1.1.1%10",
             "! set eth0 *,239.1.1.1:5000 steer rule 1",
         ],
@@ -1055,7 +1299,7 @@ fn a_flow_that_cannot_be_set_fails_its_rule_and_no_other() {
     // The other rule is looked after as before.
     did(
         &supervisor.amend("mic", &["239.2.2.2:7000@eth1,ttl=3"], &[]),
-        &["upsert eth0/0 rule 0 0>239.2.2.2:7000 by #0 from 10.0.1.1"],
+        &["upsert eth0/xdp0 rule 0 0>239.2.2.2:7000 by #0 from 10.0.1.1"],
     );
     // With the rule goes its failure.
     supervisor.remove("cam");
@@ -1093,27 +1337,27 @@ fn a_worker_that_does_not_obey_is_asked_nothing_more_and_restarted() {
         if let Some(rule) = &rule {
             let (problem, why) = supervisor.state.rule_problem(rule).unwrap();
             assert_eq!(problem, Problem::Waits);
-            let cause = format!("worker eth0/0 is being restarted: cannot {failing}");
+            let cause = format!("worker eth0/xdp0 is being restarted: cannot {failing}");
             assert!(why.starts_with(&cause), "{why}");
         }
         did(&supervisor.settle(), &[]);
         supervisor.failing.clear();
-        did(&supervisor.exit(&id, SHORT), &["restart eth0/0 after 50ms"]);
-        assert_eq!(supervisor.restart(&id)[0], "start eth0/0");
+        did(&supervisor.exit(&id, SHORT), &["restart eth0/xdp0 after 50ms"]);
+        assert_eq!(supervisor.restart(&id)[0], "start eth0/xdp0");
         supervisor.check_settled();
         assert_eq!(supervisor.state.mishaps(&id).restarts, 1);
     }
     check(
-        "upsert eth0/0",
+        "upsert eth0/xdp0",
         |supervisor| supervisor.amend("cam", &["239.2.2.2:6000@eth1,ttl=3"], &[]),
-        &["! upsert eth0/0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1"],
+        &["! upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1"],
     );
     check(
-        "remove eth0/0",
+        "remove eth0/xdp0",
         |supervisor| supervisor.remove("cam"),
-        &["delete eth0 *,239.1.1.1:5000", "barrier", "! remove eth0/0 rule 0", "leave 239.1.1.1%10"],
+        &["delete eth0 *,239.1.1.1:5000", "barrier", "! remove eth0/xdp0 rule 0", "leave 239.1.1.1%10"],
     );
-    for failing in ["start eth0/0", "steer eth0/0"] {
+    for failing in ["start eth0/xdp0", "steer eth0/xdp0"] {
         let mut supervisor = Supervisor::serving(&[]);
         supervisor.failing = vec![failing.to_owned()];
         let done = supervisor.add(cam());
@@ -1122,7 +1366,7 @@ fn a_worker_that_does_not_obey_is_asked_nothing_more_and_restarted() {
         // It fails and fails.
         for pause in ["50ms", "100ms", "200ms"] {
             let ended = supervisor.exit(&worker("eth0", 0), Duration::ZERO);
-            did(&ended, &[&format!("restart eth0/0 after {pause}")]);
+            did(&ended, &[&format!("restart eth0/xdp0 after {pause}")]);
             assert!(supervisor.restart(&worker("eth0", 0)).contains(&format!("! {failing}")));
         }
         supervisor.failing.clear();
@@ -1138,29 +1382,32 @@ fn an_egress_socket_that_cannot_be_made_leaves_its_outputs_waiting_and_the_worke
         rule("named", "239.1.1.2:5000@eth0", &["239.2.2.2:7000@eth1,from=10.0.1.1:53", "239.2.2.3:7000@eth1"])
     };
     let mut supervisor = Supervisor::serving(&[cam()]);
-    supervisor.failing = vec!["open eth0/0 #1 eth1%11:53".to_owned()];
+    supervisor.failing = vec!["open eth0/xdp0 #1 eth1%11:53".to_owned()];
     did(
         &supervisor.add(named()),
         &[
-            "! open eth0/0 #1 eth1%11:53",
-            "upsert eth0/0 rule 1 1>pending 2>239.2.2.3:7000 by #0 from 10.0.1.1",
+            "! open eth0/xdp0 #1 eth1%11:53",
+            "upsert eth0/xdp0 rule 1 1>pending 2>239.2.2.3:7000 by #0 from 10.0.1.1",
             "join 239.1.1.2%10",
             "set eth0 *,239.1.1.2:5000 steer rule 1",
         ],
     );
     let output = &named().outputs[0];
-    assert_eq!(supervisor.state.output_pending(output).as_deref(), Some("cannot open eth0/0 #1 eth1%11:53"));
+    assert_eq!(
+        supervisor.state.output_pending(output).as_deref(),
+        Some("cannot open eth0/xdp0 #1 eth1%11:53")
+    );
     assert_eq!(supervisor.problem("named"), None);
     assert_eq!(supervisor.problem("cam"), None);
     assert!(!supervisor.state.workers()[&worker("eth0", 0)].failed);
     did(&supervisor.settle(), &[]);
     // Asked for again or changed, it is tried again.
-    did(&supervisor.add(named()), &["! open eth0/0 #1 eth1%11:53"]);
+    did(&supervisor.add(named()), &["! open eth0/xdp0 #1 eth1%11:53"]);
     did(
         &supervisor.amend("named", &["239.2.2.4:7000@eth1"], &[]),
         &[
-            "! open eth0/0 #1 eth1%11:53",
-            "upsert eth0/0 rule 1 1>pending 2>239.2.2.3:7000 by #0 from 10.0.1.1 \
+            "! open eth0/xdp0 #1 eth1%11:53",
+            "upsert eth0/xdp0 rule 1 1>pending 2>239.2.2.3:7000 by #0 from 10.0.1.1 \
              3>239.2.2.4:7000 by #0 from 10.0.1.1",
         ],
     );
@@ -1176,7 +1423,7 @@ fn what_cannot_be_taken_back_counts_as_gone() {
     supervisor.failing = ["delete", "leave", "detach"].map(str::to_owned).to_vec();
     let done = supervisor.remove("cam");
     assert_eq!(done.iter().filter(|line| line.starts_with('!')).count(), 2, "{done:?}");
-    did(&supervisor.take(Event::Stop), &["stop eth0/0", "! detach eth0"]);
+    did(&supervisor.take(Event::Stop), &["stop eth0/xdp0", "! detach eth0"]);
 }
 
 #[test]
@@ -1189,12 +1436,12 @@ fn the_end_comes_flows_first_and_programs_last() {
             "delete eth0 *,239.1.1.1:5000",
             "delete eth1 *,239.1.1.2:5000",
             "barrier",
-            "remove eth0/0 rule 0",
-            "remove eth1/0 rule 1",
+            "remove eth0/xdp0 rule 0",
+            "remove eth1/xdp0 rule 1",
             "leave 239.1.1.1%10",
             "leave 239.1.1.2%11",
-            "stop eth0/0",
-            "stop eth1/0",
+            "stop eth0/xdp0",
+            "stop eth1/xdp0",
             "detach eth0",
             "detach eth1",
         ],
@@ -1205,21 +1452,21 @@ fn the_end_comes_flows_first_and_programs_last() {
     did(&supervisor.links(links(0..2)), &[]);
     did(&supervisor.settle(), &[]);
     assert_eq!(supervisor.world.memberships.len() + supervisor.world.processes.len(), 0);
-    assert!(supervisor.world.attached.is_empty());
+    assert!(supervisor.world.served.is_empty());
 }
 
 #[test]
 fn a_worker_that_failed_does_not_hold_up_the_end() {
     let mut supervisor = Supervisor::serving(&[cam()]);
-    supervisor.failing = vec!["remove eth0/0".to_owned()];
+    supervisor.failing = vec!["remove eth0/xdp0".to_owned()];
     did(
         &supervisor.take(Event::Stop),
         &[
             "delete eth0 *,239.1.1.1:5000",
             "barrier",
-            "! remove eth0/0 rule 0",
+            "! remove eth0/xdp0 rule 0",
             "leave 239.1.1.1%10",
-            "stop eth0/0",
+            "stop eth0/xdp0",
             "detach eth0",
         ],
     );
@@ -1227,8 +1474,7 @@ fn a_worker_that_failed_does_not_hold_up_the_end() {
 
 #[test]
 fn the_fewest_workers_decide_the_cpu_and_it_is_kept() {
-    let limits = Limits { max_rules: 8, workers: Some(2), cpus: vec![4, 5, 6], source_port: 4000 };
-    let mut supervisor = Supervisor::with(limits);
+    let mut supervisor = Supervisor::with(limits(8, Some(2), &[4, 5, 6]));
     supervisor.links(links(0..4));
     supervisor.change("eth0", |link| link.rx_queues = 2);
     supervisor.change("eth1", |link| link.rx_queues = 2);
@@ -1254,6 +1500,10 @@ enum Step {
     },
     Remove {
         rule: u8,
+    },
+    Datapath {
+        rule: u8,
+        datapath: Option<bool>,
     },
     Amend {
         rule: u8,
@@ -1310,15 +1560,16 @@ const OUTPUTS: [&str; 9] = [
     "192.0.2.9:7000@eth1",
 ];
 
-const FAILING: [&str; 13] = [
+const FAILING: [&str; 14] = [
     "attach eth0",
     "attach eth1",
-    "start eth0/0",
+    "fanout eth1",
+    "start eth0/xdp0",
     "start eth1",
-    "steer eth0/0",
+    "steer eth0/xdp0",
     "steer eth1",
     "open",
-    "upsert eth0/0",
+    "upsert eth0/xdp0",
     "upsert eth1",
     "remove",
     "join 239.1.1.1",
@@ -1332,6 +1583,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         6 => (0_u8..6, 0..INPUTS.len() as u8, outputs(), any::<bool>())
             .prop_map(|(rule, input, outputs, merge)| Step::Add { rule, input, outputs, merge }),
         3 => (0_u8..6).prop_map(|rule| Step::Remove { rule }),
+        3 => (0_u8..6, any::<Option<bool>>()).prop_map(|(rule, datapath)| Step::Datapath { rule, datapath }),
         3 => (0_u8..6, vec(0..OUTPUTS.len() as u8, 0..2), vec(0..OUTPUTS.len() as u8, 0..2))
             .prop_map(|(rule, add, delete)| Step::Amend { rule, add, delete }),
         2 => (0_u8..4).prop_map(|n| Step::Toggle { n }),
@@ -1358,6 +1610,11 @@ impl Supervisor {
             }
             Step::Remove { rule } => {
                 let _ = self.state.remove(&format!("r{rule}"));
+            }
+            Step::Datapath { rule, datapath } => {
+                let named = datapath.map(|xdp| if xdp { Datapath::AfXdp } else { Datapath::AfPacket });
+                let amendment = Amendment { datapath: Some(DatapathChoice(named)), ..Amendment::default() };
+                let _ = self.state.amend(&format!("r{rule}"), amendment);
             }
             Step::Amend { rule, add, delete } => {
                 let amendment =
@@ -1416,8 +1673,7 @@ proptest! {
         steps in vec(any_step(), 1..40),
         workers in proptest::option::of(1_u32..4),
     ) {
-        let limits = Limits { max_rules: 5, workers, cpus: vec![0, 1], source_port: 4000 };
-        let mut supervisor = Supervisor::with(limits);
+        let mut supervisor = Supervisor::with(limits(5, workers, &[0, 1]));
         supervisor.links(links(0..3));
         let mut waiting = Vec::new();
         for step in steps {
@@ -1446,7 +1702,7 @@ proptest! {
         }
         supervisor.take(Event::Stop);
         prop_assert_eq!(supervisor.state.plan(), []);
-        prop_assert!(supervisor.world.processes.is_empty() && supervisor.world.attached.is_empty());
+        prop_assert!(supervisor.world.processes.is_empty() && supervisor.world.served.is_empty());
         prop_assert!(supervisor.world.memberships.is_empty());
     }
 }

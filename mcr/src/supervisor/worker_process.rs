@@ -93,8 +93,8 @@ impl WorkerProcess {
     }
 
     /// Hands over what the worker is made of; answers its AF_XDP sockets, in the order of the queues.
-    pub async fn set_up(&mut self, setup: Setup, ledger: &OwnedFd) -> Result<Vec<OwnedFd>, WorkerError> {
-        self.send(&Command::Setup(setup), &[ledger]).await?;
+    pub async fn set_up(&mut self, setup: Setup, fds: &[&OwnedFd]) -> Result<Vec<OwnedFd>, WorkerError> {
+        self.send(&Command::Setup(setup), fds).await?;
         match self.answer().await? {
             (Report::Ready, sockets) => Ok(sockets),
             (report, _) => {

@@ -3,23 +3,19 @@
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
 
-/// What the daemon uses: eBPF, attaching and sysctl-free networking, raw and AF_XDP sockets.
-const NEEDED: [(Capability, &str); 3] = [
-    (Capability::CAP_BPF, "CAP_BPF"),
-    (Capability::CAP_NET_ADMIN, "CAP_NET_ADMIN"),
-    (Capability::CAP_NET_RAW, "CAP_NET_RAW"),
-];
+/// What the daemon cannot do without: attaching and sysctl-free networking, raw and AF_XDP sockets.
+const NEEDED: [(Capability, &str); 2] =
+    [(Capability::CAP_NET_ADMIN, "CAP_NET_ADMIN"), (Capability::CAP_NET_RAW, "CAP_NET_RAW")];
 
-/// The needed capabilities that this process lacks; `CAP_SYS_ADMIN` stands for `CAP_BPF`.
+/// The needed capabilities that this process lacks.
 pub fn missing() -> Vec<&'static str> {
     let held = caps::read(None, CapSet::Effective).unwrap_or_default();
-    let stands_in =
-        |capability| capability == Capability::CAP_BPF && held.contains(&Capability::CAP_SYS_ADMIN);
-    NEEDED
-        .iter()
-        .filter(|(capability, _)| !held.contains(capability) && !stands_in(*capability))
-        .map(|(_, name)| *name)
-        .collect()
+    NEEDED.iter().filter(|(capability, _)| !held.contains(capability)).map(|(_, name)| *name).collect()
+}
+
+/// Whether this process, and so its workers, may lock memory beyond the limit.
+pub fn locks_memory() -> bool {
+    caps::has_cap(None, CapSet::Effective, Capability::CAP_IPC_LOCK).unwrap_or(false)
 }
 
 /// Gives up every capability, for good: neither this process nor what it executes gets one again.

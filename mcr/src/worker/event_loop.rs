@@ -7,31 +7,33 @@ use mcr_common::parse::{PAYLOAD_OFFSET, parse};
 use nix::time::{ClockId, clock_gettime};
 use tracing::{debug, info};
 
-use crate::worker::{
-    LogFilter, Supervisor,
-    egress::UringEgress,
-    ingress::af_xdp::{AfXdpQueue, RxBatch},
-    ledger::Ledger,
-    protocol::{Command, Report},
-    relay::{Batch, FlowTable, relay},
-    ring::{Completion, Token},
-    set_log_level,
+use crate::{
+    rule::RuleSlot,
+    worker::{
+        LogFilter, Supervisor,
+        egress::UringEgress,
+        ingress::{Frame, Ingress},
+        ledger::Ledger,
+        protocol::{Command, Report},
+        relay::{Batch, FlowTable, relay},
+        ring::{Completion, Token},
+        set_log_level,
+    },
 };
 
 /// How often the kernel's counters of the sockets are copied into the ledger.
 const STATISTICS_PERIOD_MS: u32 = 250;
 
 /// A queue with what the loop knows of it.
-struct Queue {
-    socket: AfXdpQueue,
-    frames: RxBatch,
+struct Queue<I> {
+    socket: I,
     /// A poll of the socket is in the ring.
     polled: bool,
 }
 
 /// The state of a running worker.
-pub(crate) struct EventLoop {
-    queues: Vec<Queue>,
+pub(crate) struct EventLoop<I> {
+    queues: Vec<Queue<I>>,
     table: FlowTable,
     batch: Batch,
     ledger: Ledger,
@@ -41,14 +43,9 @@ pub(crate) struct EventLoop {
     draining: bool,
 }
 
-impl EventLoop {
-    pub(crate) fn new(
-        queues: Vec<AfXdpQueue>,
-        ledger: Ledger,
-        egress: UringEgress,
-        log_filter: LogFilter,
-    ) -> Self {
-        let queue = |socket| Queue { socket, frames: RxBatch::empty(), polled: false };
+impl<I: Ingress> EventLoop<I> {
+    pub(crate) fn new(queues: Vec<I>, ledger: Ledger, egress: UringEgress, log_filter: LogFilter) -> Self {
+        let queue = |socket| Queue { socket, polled: false };
         Self {
             queues: queues.into_iter().map(queue).collect(),
             table: FlowTable::default(),
@@ -87,38 +84,45 @@ impl EventLoop {
 
     /// Relays one batch of a queue. False if none waited.
     fn relay_queue(&mut self, index: usize) -> io::Result<bool> {
-        let Queue { socket, frames, .. } = &mut self.queues[index];
-        socket.receive(frames);
-        if frames.is_empty() {
+        let Self { queues, table, batch, ledger, egress, .. } = self;
+        let socket = &mut queues[index].socket;
+        let counters = ledger.queue(index);
+        let frames = socket.receive(counters);
+        if frames == 0 {
             return Ok(false);
         }
-        let counters = self.ledger.queue(index);
-        counters.received.add(frames.len() as u64);
-        self.batch.clear();
-        for frame in 0..frames.len() {
-            let Some(bytes) = socket.frame(frames, frame) else {
+        counters.received.add(frames as u64);
+        batch.clear();
+        for frame in (0..frames).map(|index| socket.frame(index)) {
+            let Some((Frame { bytes, segment }, datagram)) =
+                frame.and_then(|frame| Some((frame, parse(&frame.bytes).ok()?)))
+            else {
                 counters.refused.add(1);
                 continue;
             };
-            match parse(&bytes) {
-                Ok(datagram) => {
-                    let payload = &bytes[PAYLOAD_OFFSET..PAYLOAD_OFFSET + usize::from(datagram.payload_len)];
-                    let payload =
-                        iovec { iov_base: payload.as_ptr().cast_mut().cast(), iov_len: payload.len() };
-                    if !self.batch.push(&self.table, &datagram, payload) {
-                        counters.no_rule.add(1);
-                    }
+            let Some(flow) = table.find(&datagram) else {
+                counters.no_rule.add(1);
+                continue;
+            };
+            let payload = &bytes[PAYLOAD_OFFSET..PAYLOAD_OFFSET + usize::from(datagram.payload_len)];
+            let segments = segments(payload, segment);
+            counters.segments.add(segments.len() as u64 - 1);
+            if flow.looped {
+                ledger.rule(RuleSlot(flow.slot)).looped.add(segments.len() as u64);
+                continue;
+            }
+            for payload in segments {
+                if batch.is_full() {
+                    send(batch, table, ledger, egress)?;
                 }
-                Err(_) => counters.refused.add(1),
+                batch.push(flow.slot, &datagram, payload);
             }
         }
-        relay(&mut self.batch, &self.table, &self.ledger, now_ns(), &mut self.egress);
-        // The kernel has copied the payloads when the sends are done: the frames are free.
-        self.egress.flush(&self.ledger)?;
-        for output in self.egress.without_gso() {
-            self.table.send_singly(output);
+        send(batch, table, ledger, egress)?;
+        for output in egress.without_gso() {
+            table.send_singly(output);
         }
-        socket.recycle(frames);
+        socket.recycle();
         Ok(true)
     }
 
@@ -165,6 +169,10 @@ impl EventLoop {
         Ok(())
     }
 
+    fn follow_table(&mut self) -> io::Result<()> {
+        self.queues.iter_mut().try_for_each(|queue| queue.socket.follow(&self.table))
+    }
+
     /// Obeys all commands that wait. False if the supervisor is gone.
     fn obey(&mut self, supervisor: &mut Supervisor) -> anyhow::Result<bool> {
         loop {
@@ -203,10 +211,12 @@ impl EventLoop {
             Command::CloseEgress { id } => self.egress.close(id),
             Command::Upsert { sequence, rule } => {
                 self.table.upsert(rule);
+                self.follow_table()?;
                 return Ok(Some(sequence));
             }
             Command::Remove { sequence, slot } => {
                 self.table.remove(slot);
+                self.follow_table()?;
                 return Ok(Some(sequence));
             }
             Command::LogLevel { level } => set_log_level(&self.log_filter, &level),
@@ -214,6 +224,25 @@ impl EventLoop {
         }
         Ok(None)
     }
+}
+
+/// Relays what is in the batch, and empties it.
+fn send(batch: &mut Batch, table: &FlowTable, ledger: &Ledger, egress: &mut UringEgress) -> io::Result<()> {
+    relay(batch, table, ledger, now_ns(), egress);
+    // The kernel has copied the payloads when the sends are done: the frames are free.
+    egress.flush(ledger)?;
+    batch.clear();
+    Ok(())
+}
+
+/// The payloads of a frame's datagrams, each `segment` bytes long but the last; 0 for one datagram.
+fn segments(payload: &[u8], segment: usize) -> impl ExactSizeIterator<Item = iovec> + '_ {
+    let len = if segment == 0 { payload.len() } else { segment }.max(1);
+    let count = payload.len().div_ceil(len).max(1);
+    (0..count).map(move |index| {
+        let part = &payload[index * len..payload.len().min((index + 1) * len)];
+        iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() }
+    })
 }
 
 /// Wall clock of a batch, coarse: it costs no system call and is exact to a few milliseconds.

@@ -90,16 +90,22 @@ impl DropReason {
     }
 }
 
-/// Counters of one RX queue's socket. Unit: frames.
+/// Counters of one ingress socket. Unit: frames.
 #[repr(C)]
 #[derive(Debug)]
 pub struct QueueLedger {
     /// Taken out of the socket.
     pub received: Counter,
-    /// Of these: no rule wanted them any more.
+    /// Datagrams beyond the first of each frame that held several (GSO).
+    pub segments: Counter,
+    /// Of the received: no rule wanted them any more.
     pub no_rule: Counter,
-    /// Of these: the parser refused them.
+    /// Of the received: the parser refused them.
     pub refused: Counter,
+    /// Of the received: longer than a ring's slot, and the socket had no room for the whole.
+    pub cut: Counter,
+    /// Of the received: in the hands of a worker that died, before any rule had counted them.
+    pub held: Counter,
     /// The kernel's `XDP_STATISTICS` `rx_dropped`, which contains the next.
     pub rx_dropped: Counter,
     /// The kernel's `rx_fill_ring_empty_descs`.
@@ -117,6 +123,8 @@ pub struct RuleLedger {
     pub received: Counter,
     /// UDP payload bytes.
     pub received_bytes: Counter,
+    /// Sent by this relay itself, where it is the worker that bars loops.
+    pub looped: Counter,
     /// When the last batch with a datagram of the rule came in: nanoseconds since 1970, 0 for never.
     pub last_seen_ns: Counter,
 }

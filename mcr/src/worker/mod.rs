@@ -31,9 +31,9 @@ use crate::{
     worker::{
         egress::UringEgress,
         event_loop::EventLoop,
-        ingress::af_xdp::AfXdpQueue,
+        ingress::{Ingress, af_packet::PacketQueue, af_xdp::AfXdpQueue},
         ledger::Ledger,
-        protocol::{Command, MAX_PACKET_BYTES, Report, Setup},
+        protocol::{Command, MAX_PACKET_BYTES, Report},
         ring::Ring,
     },
 };
@@ -98,8 +98,7 @@ pub fn run() -> anyhow::Result<()> {
     let log_filter = start_log();
     ignore_signals()?;
     let mut supervisor = Supervisor::new(socket);
-    let result =
-        start(&mut supervisor, log_filter).and_then(|mut event_loop| event_loop.run(&mut supervisor));
+    let result = start(&mut supervisor, log_filter);
     if let Err(error) = &result {
         let why = format!("{error:#}");
         // Without a supervisor there is nobody to tell.
@@ -108,33 +107,51 @@ pub fn run() -> anyhow::Result<()> {
     result
 }
 
-fn start(supervisor: &mut Supervisor, log_filter: LogFilter) -> anyhow::Result<EventLoop> {
+/// Sets the worker up as the supervisor says, and relays until it says otherwise.
+fn start(supervisor: &mut Supervisor, log_filter: LogFilter) -> anyhow::Result<()> {
     let (Command::Setup(setup), fds) = supervisor.wait()? else {
         bail!("the first command was not the set-up");
     };
     set_log_level(&log_filter, &setup.log_level);
-    let memfd = fds.first().context("the set-up came without a ledger")?;
+    let mut fds = fds.into_iter();
+    let memfd = fds.next().context("the set-up came without a ledger")?;
     let ledger =
-        Ledger::map(std::os::fd::AsFd::as_fd(memfd), setup.layout).context("the ledger cannot be mapped")?;
+        Ledger::map(std::os::fd::AsFd::as_fd(&memfd), setup.layout).context("the ledger cannot be mapped")?;
     if let Some(cpu) = setup.cpu {
         pin(cpu).with_context(|| format!("the worker cannot be pinned to CPU {cpu}"))?;
     }
-    let queues = open_queues(&setup, &ledger)?;
+    match setup.ingress {
+        protocol::Ingress::AfXdp { interface, queues, chunk_bytes, frames } => {
+            let open = |(index, queue): (usize, u32)| {
+                AfXdpQueue::open(&interface, QueueId(queue), chunk_bytes, frames, ledger.queue(index))
+            };
+            let queues = queues.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
+            let sockets = queues.iter().map(duplicate).collect::<io::Result<Vec<_>>>()?;
+            relay_from(queues, &sockets, ledger, supervisor, log_filter)
+        }
+        protocol::Ingress::AfPacket { ring, taken, classic } => {
+            let socket = fds.next().context("the set-up came without a packet socket")?;
+            let queue = PacketQueue::adopt(socket, ring, taken, classic);
+            let queue = queue.context("the packet socket's ring cannot be mapped")?;
+            relay_from(vec![queue], &[], ledger, supervisor, log_filter)
+        }
+    }
+}
+
+/// Relays from queues that stand; `sockets` are handed up.
+fn relay_from<I: Ingress>(
+    queues: Vec<I>,
+    sockets: &[OwnedFd],
+    ledger: Ledger,
+    supervisor: &mut Supervisor,
+    log_filter: LogFilter,
+) -> anyhow::Result<()> {
     let ring = Ring::new().context("io_uring cannot be set up")?;
-    let sockets = queues.iter().map(duplicate).collect::<io::Result<Vec<_>>>()?;
     if let Err(error) = privileges::drop_all() {
         bail!("the worker cannot give up its capabilities: {error}");
     }
     supervisor.report(&Report::Ready, &sockets.iter().collect::<Vec<_>>())?;
-    Ok(EventLoop::new(queues, ledger, UringEgress::new(ring), log_filter))
-}
-
-fn open_queues(setup: &Setup, ledger: &Ledger) -> anyhow::Result<Vec<AfXdpQueue>> {
-    let open = |(index, &queue): (usize, &u32)| {
-        let (chunk, frames) = (setup.chunk_bytes, setup.frames);
-        Ok(AfXdpQueue::open(&setup.interface, QueueId(queue), chunk, frames, ledger.queue(index))?)
-    };
-    setup.queues.iter().enumerate().map(open).collect()
+    EventLoop::new(queues, ledger, UringEgress::new(ring), log_filter).run(supervisor)
 }
 
 /// A second descriptor of the queue's socket, to hand up.

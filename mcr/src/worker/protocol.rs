@@ -44,7 +44,8 @@ pub enum Command {
 /// From a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
-    /// The sockets are bound, the fill rings full; with the sockets, in the order of the queues.
+    /// The worker can relay; with its AF_XDP sockets, bound and with full fill rings, in the order of the
+    /// queues.
     Ready,
     /// Commands up to this one are done.
     Applied { sequence: u64 },
@@ -55,16 +56,57 @@ pub enum Report {
 /// What a worker is made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setup {
-    pub interface: String,
-    /// RX queues to serve.
-    pub queues: Vec<u32>,
+    pub ingress: Ingress,
     pub cpu: Option<u32>,
-    /// UMEM chunk: a power of two that holds headroom and frame.
-    pub chunk_bytes: u32,
-    /// Chunks of each queue's UMEM.
-    pub frames: u32,
     pub layout: Layout,
     pub log_level: String,
+}
+
+/// Where a worker's frames come from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ingress {
+    /// AF_XDP sockets that the worker makes.
+    AfXdp {
+        interface: String,
+        /// RX queues to serve.
+        queues: Vec<u32>,
+        /// UMEM chunk: a power of two that holds headroom and frame.
+        chunk_bytes: u32,
+        /// Chunks of each queue's UMEM.
+        frames: u32,
+    },
+    /// A packet socket that comes with the set-up, behind the ledger.
+    AfPacket {
+        ring: PacketRing,
+        /// Frames that a former worker has taken out of the ring.
+        taken: u64,
+        /// No eBPF filter is on the socket: the worker keeps a classic one.
+        classic: bool,
+    },
+}
+
+/// The shape of a packet socket's receive ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketRing {
+    /// A multiple of 16 that holds the kernel's header and a frame.
+    pub slot_bytes: u32,
+    /// A multiple of the page size.
+    pub block_bytes: u32,
+    pub blocks: u32,
+}
+
+impl PacketRing {
+    pub const fn slots_per_block(self) -> u32 {
+        self.block_bytes / self.slot_bytes
+    }
+
+    pub const fn slots(self) -> u32 {
+        self.slots_per_block() * self.blocks
+    }
+
+    pub const fn bytes(self) -> u64 {
+        self.block_bytes as u64 * self.blocks as u64
+    }
 }
 
 /// A rule as a worker needs it.
@@ -73,6 +115,8 @@ pub struct CompiledRule {
     pub slot: u32,
     #[serde(with = "flow_key")]
     pub key: FlowKey4,
+    /// Sources that this relay itself sends from to the rule's input, where the kernel does not bar them.
+    pub own_sources: Vec<Ipv4Addr>,
     pub outputs: Vec<CompiledOutput>,
 }
 

@@ -24,10 +24,19 @@ const HEADERS: u32 = 28;
 /// Most payload that one `UDP_SEGMENT` send takes.
 const MAX_RUN_BYTES: usize = 65_507;
 
+/// What a worker does with a flow's datagrams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Slot of the rule.
+    pub slot: u32,
+    /// Sent by this relay itself: not relayed again.
+    pub looped: bool,
+}
+
 /// The rules of one worker, by flow and by slot.
 #[derive(Debug, Default)]
 pub struct FlowTable {
-    flows: FxHashMap<FlowKey4, u32>,
+    flows: FxHashMap<FlowKey4, Flow>,
     rules: Vec<Option<CompiledRule>>,
     /// Flows that name a source: without any, one lookup does.
     specific: usize,
@@ -41,16 +50,27 @@ impl FlowTable {
         if self.rules.len() <= slot {
             self.rules.resize_with(slot + 1, || None);
         }
-        self.flows.insert(rule.key, rule.slot);
-        self.specific += usize::from(names_source(&rule.key));
+        for (key, looped) in flows_of(&rule) {
+            let former = self.flows.insert(key, Flow { slot: rule.slot, looped });
+            self.specific += usize::from(former.is_none() && names_source(&key));
+        }
         self.rules[slot] = Some(rule);
     }
 
     pub fn remove(&mut self, slot: u32) {
-        if let Some(rule) = self.rules.get_mut(slot as usize).and_then(Option::take) {
-            self.flows.remove(&rule.key);
-            self.specific -= usize::from(names_source(&rule.key));
+        let Some(rule) = self.rules.get_mut(slot as usize).and_then(Option::take) else { return };
+        for (key, _) in flows_of(&rule) {
+            // Another rule may have taken the flow over.
+            if self.flows.get(&key).is_some_and(|flow| flow.slot == slot) {
+                self.flows.remove(&key);
+                self.specific -= usize::from(names_source(&key));
+            }
         }
+    }
+
+    /// Group and port of every flow, network order.
+    pub fn destinations(&self) -> impl Iterator<Item = ([u8; 4], [u8; 2])> + '_ {
+        self.flows.keys().map(|key| (key.group, key.port))
     }
 
     /// Sends an output's datagrams one by one from now on.
@@ -61,8 +81,9 @@ impl FlowTable {
         }
     }
 
-    /// Slot of the rule that a datagram belongs to: its source's before any source's.
-    fn find(&self, datagram: &Datagram) -> Option<u32> {
+    /// The flow of a datagram: its source's before any source's.
+    #[inline]
+    pub fn find(&self, datagram: &Datagram) -> Option<Flow> {
         let specific = FlowKey4::source_group(datagram.source, datagram.group, datagram.port);
         let any = FlowKey4::any_source(datagram.group, datagram.port);
         (self.specific > 0)
@@ -79,6 +100,13 @@ impl FlowTable {
 
 fn names_source(key: &FlowKey4) -> bool {
     key.source != [0; 4]
+}
+
+/// A rule's flows, and which of them are loops. A loop goes before the rule's own flow of the same key.
+fn flows_of(rule: &CompiledRule) -> impl Iterator<Item = (FlowKey4, bool)> + '_ {
+    let FlowKey4 { group, port, .. } = rule.key;
+    let own = rule.own_sources.iter().map(move |source| FlowKey4::source_group(source.octets(), group, port));
+    [(rule.key, false)].into_iter().chain(own.map(|key| (key, true)))
 }
 
 /// A datagram of a batch.
@@ -124,16 +152,18 @@ impl Batch {
         self.groups.clear();
     }
 
-    /// Adds a datagram whose payload lies at `payload` until the batch is cleared. False if no rule of
-    /// the table wants it.
-    pub fn push(&mut self, table: &FlowTable, datagram: &Datagram, payload: iovec) -> bool {
-        let Some(slot) = table.find(datagram) else { return false };
+    /// Whether [`BATCH`] datagrams are in it.
+    pub fn is_full(&self) -> bool {
+        self.arrivals.len() == BATCH
+    }
+
+    /// Adds a datagram of a rule, whose payload lies at `payload` until the batch is cleared.
+    pub fn push(&mut self, slot: u32, datagram: &Datagram, payload: iovec) {
         match self.groups.iter_mut().rev().find(|group| group.slot == slot) {
             Some(group) => group.datagrams += 1,
             None => self.groups.push(Group { slot, datagrams: 1, start: 0 }),
         }
         self.arrivals.push(Arrival { slot, payload, ttl: datagram.ttl, tos: datagram.tos });
-        true
     }
 
     /// Sorts by rule, keeping the order within each.

@@ -89,7 +89,11 @@ impl Worker {
                 };
                 // The relay step never looks into a payload: its address may name the datagram.
                 let payload = iovec { iov_base: ptr::without_provenance_mut(index), iov_len: given.size };
-                self.batch.push(&self.table, &datagram, payload)
+                let Some(flow) = self.table.find(&datagram) else { return false };
+                if !flow.looped {
+                    self.batch.push(flow.slot, &datagram, payload);
+                }
+                !flow.looped
             })
             .collect();
         let mut sent = Collected::default();
@@ -134,7 +138,7 @@ fn with_mtu(slot: u32, mtu: u32) -> CompiledOutput {
 }
 
 fn rule(slot: u32, key: FlowKey4, outputs: Vec<CompiledOutput>) -> CompiledRule {
-    CompiledRule { slot, key, outputs }
+    CompiledRule { slot, key, own_sources: Vec::new(), outputs }
 }
 
 /// Rule `n` takes group `n` to output `n`.

@@ -1,7 +1,7 @@
 //! An AF_XDP socket on one RX queue, with a UMEM of its own.
 //!
 //! Every chunk of the UMEM is in exactly one place: with the kernel (fill ring, driver, RX ring) or in the
-//! [`RxBatch`] that is being relayed. The fill ring has room for twice as many: the kernel shows a frame in
+//! batch that is being relayed. The fill ring has room for twice as many: the kernel shows a frame in
 //! the RX ring before it shows its place in the fill ring as free (`xsk_flush`), so that with room for just
 //! all of them giving back could fail.
 
@@ -21,7 +21,11 @@ use xsk_rs::{
 
 use crate::{
     rule::QueueId,
-    worker::{ledger::QueueLedger, relay::BATCH},
+    worker::{
+        ingress::{Frame, Ingress},
+        ledger::QueueLedger,
+        relay::BATCH,
+    },
 };
 
 /// Frames that the kernel places before the packet's bytes in every chunk.
@@ -40,28 +44,6 @@ pub enum AfXdpError {
     Size { what: String },
 }
 
-/// Frames taken out of the RX ring. Neither `Copy` nor `Clone`: it is given back whole, once.
-#[derive(Debug)]
-pub struct RxBatch {
-    frames: Box<[FrameDesc]>,
-    len: usize,
-}
-
-impl RxBatch {
-    /// A batch without frames, with room for [`BATCH`].
-    pub fn empty() -> Self {
-        Self { frames: vec![FrameDesc::default(); BATCH].into_boxed_slice(), len: 0 }
-    }
-
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-}
-
 /// What the kernel counted before this worker was born: its sockets start at zero, the ledger goes on.
 #[derive(Debug, Default)]
 struct Base {
@@ -77,6 +59,9 @@ pub struct AfXdpQueue {
     fill: FillQueue,
     umem: Umem,
     umem_bytes: usize,
+    /// Frames taken out of the RX ring, the first `taken` of these: given back whole, once.
+    batch: Box<[FrameDesc]>,
+    taken: usize,
     /// Frames with the kernel; with the batch being relayed they are all frames.
     with_kernel: usize,
     frames: usize,
@@ -147,6 +132,8 @@ impl AfXdpQueue {
             fill,
             umem,
             umem_bytes: frames as usize * chunk_bytes as usize,
+            batch: vec![FrameDesc::default(); BATCH].into_boxed_slice(),
+            taken: 0,
             with_kernel,
             frames: frames as usize,
             base,
@@ -154,52 +141,50 @@ impl AfXdpQueue {
             _completion: completion,
         })
     }
+}
 
-    /// The socket, for the XSKMAP and for polling.
-    pub fn fd(&self) -> RawFd {
-        self.rx.fd().as_raw_fd()
-    }
-
-    /// Takes what waits in the RX ring, [`BATCH`] frames at most, into an empty batch.
-    pub fn receive(&mut self, batch: &mut RxBatch) {
-        debug_assert!(batch.is_empty(), "frames of the last batch were not given back");
+impl Ingress for AfXdpQueue {
+    fn receive(&mut self, _ledger: &QueueLedger) -> usize {
+        debug_assert_eq!(self.taken, 0, "frames of the last batch were not given back");
         // SAFETY: the descriptors are written by the kernel for frames of this queue's UMEM.
-        batch.len = unsafe { self.rx.consume(&mut batch.frames) };
-        self.with_kernel -= batch.len;
-        debug_assert_eq!(self.with_kernel + batch.len, self.frames, "a frame is in two places or in none");
+        self.taken = unsafe { self.rx.consume(&mut self.batch) };
+        self.with_kernel -= self.taken;
+        debug_assert_eq!(self.with_kernel + self.taken, self.frames, "a frame is in two places or in none");
+        self.taken
     }
 
-    /// The bytes of a frame of the batch, or `None` if its descriptor points outside of the UMEM.
-    pub fn frame<'b>(&'b self, batch: &'b RxBatch, index: usize) -> Option<&'b [u8]> {
-        let descriptor = batch.frames[..batch.len].get(index)?;
+    fn frame(&self, index: usize) -> Option<Frame<'_>> {
+        let descriptor = self.batch[..self.taken].get(index)?;
         let end = descriptor.addr().checked_add(descriptor.lengths().data())?;
         if end > self.umem_bytes {
             return None;
         }
         // SAFETY: the frame lies within the UMEM as just checked, and it is the batch's: the kernel
-        // does not touch it until it is back in the fill ring, which takes the batch by value of `&mut`.
+        // does not touch it until it is back in the fill ring, which takes the queue by `&mut`.
         let data = unsafe { self.umem.data(descriptor) };
         let (start, len) = (data.contents().as_ptr(), data.contents().len());
-        // SAFETY: as above; the slice lives as long as the borrow of the batch, not of the wrapper.
-        Some(unsafe { std::slice::from_raw_parts(start, len) })
+        // SAFETY: as above; the slice lives as long as the borrow of the queue, not of the wrapper.
+        Some(Frame { bytes: unsafe { std::slice::from_raw_parts(start, len) }, segment: 0 })
     }
 
-    /// Gives the frames of a batch back to the kernel.
-    pub fn recycle(&mut self, batch: &mut RxBatch) {
-        // SAFETY: the frames came from this queue, and nothing refers to them any more: the batch was
+    fn recycle(&mut self) {
+        // SAFETY: the frames came from this queue, and nothing refers to them any more: the queue was
         // borrowed by every slice of them.
-        let given = unsafe { self.fill.produce(&batch.frames[..batch.len]) };
-        debug_assert_eq!(given, batch.len, "the fill ring has room for every frame");
+        let given = unsafe { self.fill.produce(&self.batch[..self.taken]) };
+        debug_assert_eq!(given, self.taken, "the fill ring has room for every frame");
         self.with_kernel += given;
-        batch.len = 0;
+        self.taken = 0;
         if self.fill.needs_wakeup() {
             // A driver that ran out of frames waits to be told; a failure shows as frames it drops.
             let _ = self.fill.wakeup(self.rx.fd_mut(), 0);
         }
     }
 
-    /// Writes the kernel's counters of the socket into the ledger.
-    pub fn read_statistics(&self, ledger: &QueueLedger) -> io::Result<()> {
+    fn fd(&self) -> RawFd {
+        self.rx.fd().as_raw_fd()
+    }
+
+    fn read_statistics(&self, ledger: &QueueLedger) -> io::Result<()> {
         let statistics = self.rx.fd().xdp_statistics()?;
         ledger.rx_dropped.set(self.base.rx_dropped + statistics.rx_dropped());
         ledger.fill_ring_empty.set(self.base.fill_ring_empty + statistics.rx_fill_ring_empty_descs());

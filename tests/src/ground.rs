@@ -1,0 +1,64 @@
+//! What the ingress interfaces of a site are, and so which datapath serves the rules there. One table of
+//! behaviours runs on each.
+
+use std::cell::Cell;
+
+/// A kind of ingress interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ground {
+    /// A veth, which has native XDP: `auto` takes AF_XDP.
+    #[default]
+    Veth,
+    /// A veth, with AF_PACKET asked for.
+    PlainVeth,
+    /// A bridge: `auto` takes AF_PACKET.
+    Bridge,
+    /// A macvlan: `auto` takes AF_PACKET.
+    Macvlan,
+}
+
+thread_local! {
+    static CURRENT: Cell<Ground> = const { Cell::new(Ground::Veth) };
+}
+
+impl Ground {
+    /// That of the test that runs on this thread.
+    pub fn current() -> Self {
+        CURRENT.get()
+    }
+
+    /// Runs a test on this ground.
+    pub fn run(self, test: fn()) {
+        CURRENT.set(self);
+        test();
+    }
+
+    /// The datapath that rules without a wish of their own get.
+    pub fn datapath(self) -> &'static str {
+        if self == Self::Veth { "af-xdp" } else { "af-packet" }
+    }
+
+    /// What `mcr run` is told.
+    pub fn args(self) -> &'static [&'static str] {
+        if self == Self::PlainVeth { &["--datapath", "af-packet"] } else { &[] }
+    }
+}
+
+/// Makes tests of functions, one for each ground.
+#[macro_export]
+macro_rules! on_every_ground {
+    ($($test:ident),* $(,)?) => {
+        mod on_veth {
+            $(#[test] fn $test() { tests::Ground::Veth.run(super::$test); })*
+        }
+        mod on_plain_veth {
+            $(#[test] fn $test() { tests::Ground::PlainVeth.run(super::$test); })*
+        }
+        mod on_bridge {
+            $(#[test] fn $test() { tests::Ground::Bridge.run(super::$test); })*
+        }
+        mod on_macvlan {
+            $(#[test] fn $test() { tests::Ground::Macvlan.run(super::$test); })*
+        }
+    };
+}
