@@ -1,9 +1,9 @@
 //! The edge to the kernel, and the only unsafe code of the programs: packet memory and map values.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, bpf_hdr_start_off::BPF_HDR_START_MAC},
+    bindings::__sk_buff,
     btf_maps::{HashMap, PerCpuArray},
-    helpers::{bpf_skb_load_bytes_relative, bpf_xdp_get_buff_len},
+    helpers::{bpf_skb_load_bytes, bpf_xdp_get_buff_len},
     programs::{SkBuffContext, XdpContext},
 };
 use mcr_common::{
@@ -44,7 +44,8 @@ impl Bytes for Frame<'_> {
     }
 }
 
-/// A frame in a socket buffer, wherever the buffer's data begins and however it is scattered.
+/// A frame in a socket buffer, however it is scattered. A packet socket's filter sees it from its Ethernet
+/// header on.
 pub struct Buffered<'a> {
     ctx: &'a SkBuffContext,
 }
@@ -77,21 +78,16 @@ impl<'a> Buffered<'a> {
 impl Bytes for Buffered<'_> {
     #[inline(always)]
     fn reaches(&self, len: usize) -> bool {
-        len == 0 || self.at::<1>(len - 1).is_some()
+        len <= self.buffer().len as usize
     }
 
     #[inline(always)]
     fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let mut bytes = [0u8; N];
+        // Also from what lies in pages beside the buffer, which `bpf_skb_load_bytes_relative` does not reach.
         // SAFETY: the helper writes N bytes into the array, or none and says so.
         let result = unsafe {
-            bpf_skb_load_bytes_relative(
-                self.ctx.skb.skb.cast(),
-                offset as u32,
-                bytes.as_mut_ptr().cast(),
-                N as u32,
-                BPF_HDR_START_MAC,
-            )
+            bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
         };
         (result == 0).then_some(bytes)
     }

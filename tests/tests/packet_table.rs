@@ -1,5 +1,5 @@
-//! What becomes of a frame: one table, run through the XDP program in the kernel (`BPF_PROG_TEST_RUN`)
-//! and through the same parser in user space.
+//! What becomes of a frame: one table, run through the XDP program and the packet sockets' filter in the
+//! kernel (`BPF_PROG_TEST_RUN`) and through the same parser in user space.
 
 use std::{
     net::SocketAddrV4,
@@ -9,11 +9,11 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{HashMap, PerCpuArray, XskMap},
-    programs::{TestRun, TestRunOptions, Xdp},
+    programs::{SocketFilter, TestRun, TestRunOptions, Xdp},
 };
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use mcr_common::{
-    abi::{self, map},
+    abi::{self, map, verdicts_of},
     counters::{RuleCounters, Verdicts},
     flow::{FlowKey4, FlowValue, action},
     parse::{PAYLOAD_OFFSET, Reject, parse},
@@ -275,8 +275,22 @@ fn fate_in_user_space(frame: &[u8]) -> Fate {
     }
 }
 
-/// The XDP program, loaded but attached to nothing.
+/// Which program runs, and in what circumstances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The XDP program, with a socket in slot 0 of the XSKMAP.
+    Steering,
+    /// The XDP program, without one.
+    Workerless,
+    Filter,
+}
+
+/// What the filter answers for a frame that it admits: as many bytes as there are.
+const ADMITTED: u32 = u32::MAX;
+
+/// A program, loaded but attached to nothing.
 struct Program {
+    kind: Kind,
     ebpf: Ebpf,
     /// Stands in slot 0 of the XSKMAP as long as it is open.
     _socket: Option<OwnedFd>,
@@ -289,26 +303,41 @@ struct Counters {
 }
 
 impl Program {
-    fn load(with_socket: bool) -> Self {
+    fn load(kind: Kind) -> Self {
         let mut ebpf = EbpfLoader::new().load(&bpf::object()).expect("load the object");
         let mut map: HashMap<_, FlowKey4, FlowValue> =
             ebpf.map_mut(map::FLOWS_V4).expect("the flows' map").try_into().expect("a hash map");
         for (key, value) in flows() {
             map.insert(key, value, 0).expect("insert a flow");
         }
-        let socket = with_socket.then(af_xdp_socket);
+        let socket = (kind == Kind::Steering).then(af_xdp_socket);
         if let Some(socket) = &socket {
             let mut sockets: XskMap<_> =
                 ebpf.map_mut(map::SOCKETS).expect("the sockets' map").try_into().expect("an XSKMAP");
             sockets.set(0, socket.as_raw_fd(), 0).expect("insert an AF_XDP socket");
         }
-        let program: &mut Xdp = ebpf.program_mut(abi::PROGRAM).expect("the program").try_into().expect("XDP");
-        program.load().expect("the verifier takes the program");
-        Self { ebpf, _socket: socket }
+        if kind == Kind::Filter {
+            let filter = ebpf.program_mut(abi::FILTER).expect("the filter");
+            let filter: &mut SocketFilter = filter.try_into().expect("a socket filter");
+            filter.load().expect("the verifier takes the filter");
+        } else {
+            let program: &mut Xdp =
+                ebpf.program_mut(abi::PROGRAM).expect("the program").try_into().expect("XDP");
+            program.load().expect("the verifier takes the program");
+        }
+        Self { kind, ebpf, _socket: socket }
     }
 
-    /// Runs one frame and answers the XDP action.
+    /// Runs one frame and answers the program's verdict.
     fn run(&self, frame: &[u8], context: Option<&[u8]>) -> u32 {
+        if self.kind == Kind::Filter {
+            let filter = self.ebpf.program(abi::FILTER).expect("the filter");
+            let filter: &SocketFilter = filter.try_into().expect("a socket filter");
+            // The kernel takes an Ethernet header off, which a packet socket's filter sees.
+            let framed = [&[0; 14][..], frame].concat();
+            let options = TestRunOptions { data_in: Some(&framed), ctx_in: context, ..TestRunOptions::new() };
+            return filter.test_run(options).expect("BPF_PROG_TEST_RUN").return_value;
+        }
         let program: &Xdp = self.ebpf.program(abi::PROGRAM).expect("the program").try_into().expect("XDP");
         let options = TestRunOptions { data_in: Some(frame), ctx_in: context, ..TestRunOptions::new() };
         program.test_run(options).expect("BPF_PROG_TEST_RUN").return_value
@@ -319,7 +348,8 @@ impl Program {
         let verdicts: PerCpuArray<_, Verdicts> =
             self.ebpf.map(map::VERDICTS).expect("the verdicts' map").try_into().expect("a per-CPU array");
         let mut sums = Verdicts::default().named();
-        for cpu in verdicts.get(&0, 0).expect("the verdicts").iter() {
+        let of = if self.kind == Kind::Filter { verdicts_of::FILTER } else { verdicts_of::XDP };
+        for cpu in verdicts.get(&of, 0).expect("the verdicts").iter() {
             for (sum, (_, count)) in sums.iter_mut().zip(cpu.named()) {
                 sum.1 += count;
             }
@@ -339,10 +369,10 @@ impl Program {
     }
 
     /// Runs a frame and checks the action, and that exactly the counters of its fate moved.
-    fn check(&self, name: &str, frame: &[u8], fate: Fate, worker: bool) {
+    fn check(&self, name: &str, frame: &[u8], fate: Fate) {
         let mut expected = self.counters();
         let action = self.run(frame, None);
-        let (expected_action, verdict, rule) = consequence(fate, worker);
+        let (expected_action, verdict, rule) = consequence(fate, self.kind);
         for (counter, count) in &mut expected.verdicts {
             *count += u64::from(*counter == verdict);
         }
@@ -353,25 +383,30 @@ impl Program {
             counters.no_worker += moved.no_worker;
             counters.looped += moved.looped;
         }
-        assert_eq!(action, expected_action, "XDP action: {name}");
+        assert_eq!(action, expected_action, "{:?}: {name}", self.kind);
         assert_eq!(self.counters(), expected, "{name}");
     }
 }
 
-/// The XDP action of a fate, the verdict that counts it, and what moves in which rule's counters.
-fn consequence(fate: Fate, worker: bool) -> (u32, &'static str, Option<(u32, RuleCounters)>) {
+/// What a program answers to a fate, the verdict that counts it, and what moves in which rule's counters.
+fn consequence(fate: Fate, kind: Kind) -> (u32, &'static str, Option<(u32, RuleCounters)>) {
+    let (pass, drop) = if kind == Kind::Filter { (0, 0) } else { (XDP_PASS, XDP_DROP) };
     let matched = |bytes| RuleCounters { matched: 1, matched_bytes: bytes, ..RuleCounters::default() };
-    match fate {
-        Fate::Steer(rule, bytes) if worker => (XDP_REDIRECT, "steered", Some((rule, matched(bytes)))),
-        Fate::Steer(rule, bytes) => {
+    match (fate, kind) {
+        (Fate::Steer(rule, bytes), Kind::Steering) => (XDP_REDIRECT, "steered", Some((rule, matched(bytes)))),
+        (Fate::Steer(rule, bytes), Kind::Workerless) => {
             (XDP_PASS, "no_worker", Some((rule, RuleCounters { no_worker: 1, ..matched(bytes) })))
         }
-        Fate::Loop(rule, bytes) => {
-            (XDP_DROP, "looped", Some((rule, RuleCounters { looped: 1, ..matched(bytes) })))
+        // The XDP program has counted it.
+        (Fate::Steer(..), Kind::Filter) => (0, "no_worker", None),
+        (Fate::Loop(rule, bytes), _) => {
+            (drop, "looped", Some((rule, RuleCounters { looped: 1, ..matched(bytes) })))
         }
-        Fate::AfPacket(rule, bytes) => (XDP_PASS, "af_packet", Some((rule, matched(bytes)))),
-        Fate::NoRule => (XDP_PASS, "no_rule", None),
-        Fate::Rejected(reject) => {
+        (Fate::AfPacket(rule, bytes), Kind::Filter) => (ADMITTED, "steered", Some((rule, matched(bytes)))),
+        // The filter will count it.
+        (Fate::AfPacket(..), _) => (XDP_PASS, "af_packet", None),
+        (Fate::NoRule, _) => (pass, "no_rule", None),
+        (Fate::Rejected(reject), _) => {
             let verdict = match reject {
                 Reject::NotMulticast => "not_multicast",
                 Reject::NotUdp => "not_udp",
@@ -383,7 +418,7 @@ fn consequence(fate: Fate, worker: bool) -> (u32, &'static str, Option<(u32, Rul
                 Reject::Malformed => "malformed",
                 Reject::BadChecksum => "bad_checksum",
             };
-            (XDP_PASS, verdict, None)
+            (pass, verdict, None)
         }
     }
 }
@@ -392,19 +427,47 @@ fn af_xdp_socket() -> OwnedFd {
     socket2::Socket::new(libc::AF_XDP.into(), socket2::Type::RAW, None).expect("AF_XDP socket").into()
 }
 
-#[test]
-fn the_kernel_gives_each_frame_its_fate() {
-    let program = Program::load(true);
+fn check_table(kind: Kind) {
+    let program = Program::load(kind);
     for row in rows() {
-        program.check(&row.name, &row.frame, row.fate, true);
+        program.check(&row.name, &row.frame, row.fate);
     }
 }
 
 #[test]
+fn the_kernel_gives_each_frame_its_fate() {
+    check_table(Kind::Steering);
+}
+
+#[test]
 fn without_a_worker_what_matches_is_passed_and_counted() {
-    let program = Program::load(false);
-    for row in rows() {
-        program.check(&row.name, &row.frame, row.fate, false);
+    check_table(Kind::Workerless);
+}
+
+#[test]
+fn the_filter_admits_what_af_packet_serves_and_nothing_else() {
+    check_table(Kind::Filter);
+    // What the kernel never shows an XDP program.
+    let program = Program::load(Kind::Filter);
+    for len in 1..14 {
+        program.check(&format!("cut to {len} bytes"), &good()[..len], Fate::Rejected(Reject::Truncated));
+    }
+}
+
+#[test]
+fn the_filter_counts_every_datagram_of_a_super_packet() {
+    const GSO_SIZE: usize = 176;
+    let program = Program::load(Kind::Filter);
+    for (payload, segment, datagrams) in [(100, 0, 1), (100, 100, 1), (100, 50, 2), (100, 33, 4), (1, 1, 1)] {
+        let frame = udp(SENDER, PACKET_GROUP).payload(&vec![1; payload]).frame();
+        // struct __sk_buff, all zero but for the segments' size.
+        let mut context = [0u8; 192];
+        context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&u32::to_ne_bytes(segment));
+        let before = program.counters().rules[PACKET as usize];
+        assert_eq!(program.run(&frame, Some(&context)), ADMITTED);
+        let after = program.counters().rules[PACKET as usize];
+        let counted = (after.matched - before.matched, after.matched_bytes - before.matched_bytes);
+        assert_eq!(counted, (datagrams, payload as u64), "{payload} bytes by {segment}");
     }
 }
 
@@ -436,7 +499,7 @@ fn a_frame_goes_to_the_socket_of_its_own_queue() {
         "link set veth0 up",
         "link set veth1 up",
     ]);
-    let program = Program::load(true);
+    let program = Program::load(Kind::Steering);
     let actions = namespace.run(|| {
         let index = nix::net::if_::if_nametoindex("veth0").expect("interface index");
         [0u32, 1].map(|queue| {
@@ -509,11 +572,13 @@ proptest! {
 
 #[test]
 fn kernel_and_user_space_agree_on_mutated_frames() {
-    let program = Program::load(true);
-    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(5_000) };
-    let agree = TestRunner::new(config).run(&mutated_frame(), |frame| {
-        program.check("a mutated frame", &frame, fate_in_user_space(&frame), true);
-        Ok(())
-    });
-    agree.unwrap();
+    for kind in [Kind::Steering, Kind::Filter] {
+        let program = Program::load(kind);
+        let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(5_000) };
+        let agree = TestRunner::new(config).run(&mutated_frame(), |frame| {
+            program.check("a mutated frame", &frame, fate_in_user_space(&frame));
+            Ok(())
+        });
+        agree.unwrap();
+    }
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddrV4};
 
 use mcr::api::wire::{Outcome, OutputStats, RuleOutcome};
 use tests::{
-    Capture, Captured, Generator, RawSender, Receiver, Relay, Site, Source, Udp,
+    Capture, Captured, Generator, Ground, RawSender, Receiver, Relay, Site, Source, Udp,
     capture::{assert_sequence, sha256},
     frame::multicast_mac,
     site::ETH,
@@ -245,8 +245,11 @@ fn fragments_are_not_relayed_but_counted() {
     // 3,000 bytes leave the source as three fragments.
     Source::play(site.source(), Stream { count: 20, size: 3_000, rate: 500, ..Stream::to(group()) });
     Source::play(site.source(), Stream { count: 20, ..Stream::to(group()) });
-    assert_eq!(relay.balanced("cam1", 20).outputs[0].sent, 20);
-    assert_eq!(relay.interface("in0").verdicts["fragment"], 60);
+    // A macvlan reassembles before anybody sees a frame; what then is too big for the output is dropped there.
+    let (fragments, whole) = if site.ground == Ground::Macvlan { (0, 20) } else { (60, 0) };
+    let output = relay.balanced("cam1", 20 + whole).outputs[0].clone();
+    assert_eq!((output.sent, output.dropped.get("too_big").copied().unwrap_or(0)), (20, whole));
+    assert_eq!(relay.interface("in0").verdicts["fragment"], fragments);
     assert_sequence(&sink.exactly(at("239.2.2.2:6000"), 20), 0..20);
 }
 

@@ -126,7 +126,7 @@ fn what_a_stream_is_doing_is_on_every_screen() {
         (&["stats"], &["cam1", "500"]),
         (&["stats", "cam1"], &["cam1", "500"]),
         (&["rule", "list"], &["cam1", "239.1.1.1:5000@in0", "239.2.2.2:6000@out0"]),
-        (&["rule", "show", "cam1"], &["cam1", "af-xdp", "239.2.2.2:6000@out0"]),
+        (&["rule", "show", "cam1"], &["cam1", tests::Ground::current().datapath(), "239.2.2.2:6000@out0"]),
         (&["workers"], &["in0"]),
         (&["log-level", "get"], &["info"]),
     ] {
