@@ -1,5 +1,7 @@
 //! The edge to the kernel, and the only unsafe code of the programs: packet memory and map values.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     bindings::__sk_buff,
     btf_maps::{HashMap, PerCpuArray},
@@ -83,13 +85,15 @@ impl Bytes for Buffered<'_> {
 
     #[inline(always)]
     fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        let mut bytes = [0u8; N];
+        // Not zeroed: a call of memset is arithmetic on a pointer that takes CAP_PERFMON.
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // Also from what lies in pages beside the buffer, which `bpf_skb_load_bytes_relative` does not reach.
-        // SAFETY: the helper writes N bytes into the array, or none and says so.
+        // SAFETY: the helper writes N bytes into the array, or fails and says so.
         let result = unsafe {
             bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
         };
-        (result == 0).then_some(bytes)
+        // SAFETY: all N bytes were written.
+        (result == 0).then(|| unsafe { bytes.assume_init() })
     }
 }
 

@@ -1,7 +1,9 @@
 //! What the ingress interfaces of a site are, and so which datapath serves the rules there. One table of
 //! behaviours runs on each.
 
-use std::cell::Cell;
+use std::{cell::Cell, process::Command};
+
+use crate::deprive::{NO_BPF, without_capabilities};
 
 /// A kind of ingress interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,6 +17,8 @@ pub enum Ground {
     Bridge,
     /// A macvlan: `auto` takes AF_PACKET.
     Macvlan,
+    /// A veth, and a daemon that may load no eBPF: `auto` takes AF_PACKET with a classic filter.
+    WithoutBpf,
 }
 
 thread_local! {
@@ -38,9 +42,13 @@ impl Ground {
         if self == Self::Veth { "af-xdp" } else { "af-packet" }
     }
 
-    /// What `mcr run` is told.
-    pub fn args(self) -> &'static [&'static str] {
-        if self == Self::PlainVeth { &["--datapath", "af-packet"] } else { &[] }
+    /// Gives `mcr run` what makes this ground.
+    pub fn prepare(self, run: &mut Command) {
+        match self {
+            Self::PlainVeth => drop(run.args(["--datapath", "af-packet"])),
+            Self::WithoutBpf => without_capabilities(run, NO_BPF),
+            Self::Veth | Self::Bridge | Self::Macvlan => {}
+        }
     }
 }
 
@@ -59,6 +67,16 @@ macro_rules! on_every_ground {
         }
         mod on_macvlan {
             $(#[test] fn $test() { tests::Ground::Macvlan.run(super::$test); })*
+        }
+    };
+}
+
+/// Makes tests of functions, for a daemon that may load no eBPF.
+#[macro_export]
+macro_rules! without_bpf {
+    ($($test:ident),* $(,)?) => {
+        mod without_bpf {
+            $(#[test] fn $test() { tests::Ground::WithoutBpf.run(super::$test); })*
         }
     };
 }

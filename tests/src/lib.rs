@@ -8,6 +8,7 @@
 
 pub mod bpf;
 pub mod capture;
+pub mod deprive;
 pub mod frame;
 pub mod ground;
 pub mod namespace;

@@ -74,8 +74,8 @@ impl<'a> Relay<'a> {
             .args(["run", "--control"])
             .arg(site.scratch.dir().join("mcr.sock"))
             .arg("--pin-root")
-            .arg(site.scratch.pin_root())
-            .args(site.ground.args());
+            .arg(site.scratch.pin_root());
+        site.ground.prepare(&mut command);
         command
     }
 

@@ -145,7 +145,7 @@ impl Segment {
         let queues = plan.queues;
         // The end of the segment's cable, which is the ingress interface or lies below it.
         let end = match plan.ground {
-            Ground::Veth | Ground::PlainVeth => interface.clone(),
+            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf => interface.clone(),
             Ground::Bridge | Ground::Macvlan => format!("low{k}"),
         };
 
@@ -178,7 +178,7 @@ impl Segment {
             &format!("route add 224.0.0.0/4 dev {ETH}"),
         ]);
         match plan.ground {
-            Ground::Veth | Ground::PlainVeth => {}
+            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf => {}
             Ground::Bridge => relay.ip(&[
                 &format!("link add {interface} type bridge mcast_snooping 0"),
                 &format!("link set {end} master {interface} up"),

@@ -72,3 +72,5 @@ tests::on_every_ground!(
     a_rule_for_one_source_joins_that_source,
     a_hundred_groups_are_joined_and_left,
 );
+
+tests::without_bpf!(a_group_is_joined_with_its_first_rule_and_left_with_its_last);

@@ -297,3 +297,10 @@ tests::on_every_ground!(
     fragments_are_not_relayed_but_counted,
     outputs_come_and_go_while_the_others_lose_nothing,
 );
+
+tests::without_bpf!(
+    one_output_receives_all,
+    three_outputs_receive_all,
+    payloads_of_every_size_arrive_whole,
+    outputs_come_and_go_while_the_others_lose_nothing
+);

@@ -192,3 +192,8 @@ tests::on_every_ground!(
     a_rule_for_any_source_comes_and_goes_beside_one_for_a_source,
     a_rule_for_a_source_takes_its_stream_over_without_loss,
 );
+
+tests::without_bpf!(
+    rules_come_and_go_while_another_stream_loses_nothing,
+    nothing_leaves_after_a_removal_was_answered
+);

@@ -10,56 +10,13 @@ use mcr_common::abi;
 use tests::{
     Process, Relay, Site, Source,
     bpf::{self, FOREIGN_NAME, ForeignXdp},
+    deprive::{
+        CAP_BPF, CAP_IPC_LOCK, CAP_NET_ADMIN, CAP_NET_RAW, NO_BPF, with_limit, without_capabilities,
+        without_syscall,
+    },
     relay::{CALL, binary},
     source::Stream,
 };
-
-const CAP_NET_ADMIN: libc::c_ulong = 12;
-const CAP_NET_RAW: libc::c_ulong = 13;
-const CAP_IPC_LOCK: libc::c_ulong = 14;
-const CAP_SYS_ADMIN: libc::c_ulong = 21;
-const CAP_BPF: libc::c_ulong = 39;
-
-/// Makes the command run without these capabilities, as root's exec takes what the bounding set leaves.
-fn without_capabilities(command: &mut Command, capabilities: &'static [libc::c_ulong]) {
-    // SAFETY: between fork and exec the closure makes system calls only.
-    unsafe {
-        command.pre_exec(move || {
-            for capability in capabilities {
-                if libc::prctl(libc::PR_CAPBSET_DROP, *capability, 0, 0, 0) != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            Ok(())
-        });
-    }
-}
-
-/// Makes the command run with one system call answered by an error.
-fn without_syscall(command: &mut Command, syscall: libc::c_long, errno: i32) {
-    let instruction = |code: u32, k: u32, jf: u8| libc::sock_filter { code: code as u16, jt: 0, jf, k };
-    let number = u32::try_from(syscall).expect("a system call's number");
-    // A = the system call's number; if it is this one, answer the error; otherwise allow.
-    let filter = [
-        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, number, 1),
-        instruction(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned(), 0),
-        instruction(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
-    ];
-    // SAFETY: between fork and exec the closure makes system calls only; the filter is its own copy and
-    // is as long as is said.
-    unsafe {
-        command.pre_exec(move || {
-            let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
-            if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) != 0
-            {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
-}
 
 /// Checks that the daemon refuses to start with a line that contains `words`, and leaves no trace.
 #[track_caller]
@@ -93,16 +50,43 @@ fn what_these_tests_take_away_is_gone() {
 #[test]
 fn a_missing_capability_is_named() {
     let site = Site::default();
-    for (capabilities, name) in [
-        (&[CAP_NET_ADMIN][..], "CAP_NET_ADMIN"),
-        (&[CAP_NET_RAW], "CAP_NET_RAW"),
-        // Either of the two lets a process use BPF.
-        (&[CAP_BPF, CAP_SYS_ADMIN], "CAP_BPF"),
-    ] {
+    for (capabilities, name) in [(&[CAP_NET_ADMIN][..], "CAP_NET_ADMIN"), (&[CAP_NET_RAW], "CAP_NET_RAW")] {
         let mut command = Relay::command(&site);
         without_capabilities(&mut command, capabilities);
         check(&site, &mut command, &[name]);
     }
+    let mut command = Relay::command(&site);
+    without_capabilities(command.args(["--datapath", "af-xdp"]), NO_BPF);
+    check(&site, &mut command, &["CAP_BPF", "af-packet"]);
+}
+
+#[test]
+fn frames_that_do_not_fit_are_refused_with_the_sum() {
+    let site = Site::default();
+    let tight = |datapath: &str, workers: &str| {
+        let mut command = Relay::command(&site);
+        command.args(["--datapath", datapath, "--workers", workers]);
+        command
+    };
+    // One queue's UMEM takes 8 MiB of locked memory.
+    let mut command = tight("af-xdp", "1");
+    with_limit(&mut command, libc::RLIMIT_MEMLOCK, 4 << 20);
+    without_capabilities(&mut command, &[CAP_IPC_LOCK]);
+    let sum = "1 RX queues x 4096 frames x 2048 bytes = 8.0 MiB";
+    check(&site, &mut command, &[sum, "the limit is 4.0 MiB", "CAP_IPC_LOCK", "LimitMEMLOCK"]);
+    let mut command = tight("af-packet", "4");
+    with_limit(&mut command, libc::RLIMIT_NOFILE, 200);
+    check(&site, &mut command, &["= 297, and the limit is 200", "LimitNOFILE"]);
+    // What was asked for by `auto` is served by what fits.
+    let mut command = tight("auto", "1");
+    with_limit(&mut command, libc::RLIMIT_MEMLOCK, 4 << 20);
+    without_capabilities(&mut command, &[CAP_IPC_LOCK]);
+    let relay = Relay::spawn(&site, &mut command);
+    let rule =
+        relay.add_with("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"], &["--datapath", "auto"]);
+    assert_eq!(rule.datapath.as_deref(), Some("af-packet"));
+    assert!(rule.datapath_why.contains(sum), "{rule:?}");
+    assert_eq!(relay.log().matches(sum).count(), 1, "one warning:\n{}", relay.log());
 }
 
 /// `CAP_PERFMON` is among those taken away: without it the verifier is at its strictest.
@@ -151,7 +135,7 @@ fn bpf_that_is_blocked_is_named() {
     let site = Site::default();
     for errno in [libc::EPERM, libc::ENOSYS] {
         let mut command = Relay::command(&site);
-        without_syscall(&mut command, libc::SYS_bpf, errno);
+        without_syscall(command.args(["--datapath", "af-xdp"]), libc::SYS_bpf, errno);
         let line = Relay::refused(&mut command);
         assert!(line.to_lowercase().contains("bpf"), "{line}");
     }

@@ -106,7 +106,7 @@ pub enum Effect {
         id: WorkerId,
         spec: WorkerSpec,
     },
-    /// Put a worker's AF_XDP sockets into the XSKMAP: it has its rules.
+    /// Let a worker take frames, and put its AF_XDP sockets into the XSKMAP: it has its rules.
     Steer {
         id: WorkerId,
     },

@@ -380,7 +380,7 @@ impl Daemon {
                 Ok(())
             }
             Effect::StartWorker { id, spec } => self.start_worker(id, spec).await,
-            Effect::Steer { id } => self.steer(id),
+            Effect::Steer { id } => self.steer(id).await,
             Effect::StopWorker { id } => {
                 self.steer_away(id).await;
                 if let Some(mut worker) = self.workers.remove(id) {
@@ -556,7 +556,11 @@ impl Daemon {
     }
 
     /// Steers frames to a worker that has its rules.
-    fn steer(&mut self, id: &WorkerId) -> Result<(), Failure> {
+    async fn steer(&mut self, id: &WorkerId) -> Result<(), Failure> {
+        let Some(worker) = self.workers.get_mut(id) else {
+            return Err(self.worker_failed(id, "it has ended"));
+        };
+        worker.begin().await.map_err(|error| self.worker_failed(id, &one_line(&error)))?;
         let sockets = self.workers.get_mut(id).map(WorkerProcess::take_sockets).unwrap_or_default();
         for (queue, socket) in sockets {
             let set = match self.programs.get_mut(&id.interface) {

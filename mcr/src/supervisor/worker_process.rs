@@ -134,6 +134,11 @@ impl WorkerProcess {
         self.applied().await
     }
 
+    /// Lets the worker take frames: it has its rules.
+    pub async fn begin(&mut self) -> Result<(), WorkerError> {
+        self.send(&Command::Begin, &[]).await
+    }
+
     pub async fn set_log_level(&mut self, level: &str) -> Result<(), WorkerError> {
         self.send(&Command::LogLevel { level: level.to_owned() }, &[]).await
     }

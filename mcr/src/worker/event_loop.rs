@@ -40,6 +40,8 @@ pub(crate) struct EventLoop<I> {
     egress: UringEgress,
     log_filter: LogFilter,
     command_waits: bool,
+    /// The rules are complete: frames may be taken.
+    begun: bool,
     draining: bool,
 }
 
@@ -54,6 +56,7 @@ impl<I: Ingress> EventLoop<I> {
             egress,
             log_filter,
             command_waits: false,
+            begun: false,
             draining: false,
         }
     }
@@ -65,7 +68,7 @@ impl<I: Ingress> EventLoop<I> {
         self.egress.ring.push_timer(STATISTICS_PERIOD_MS)?;
         loop {
             let mut busy = false;
-            for index in 0..self.queues.len() {
+            for index in 0..self.active() {
                 busy |= self.relay_queue(index)?;
             }
             if self.command_waits && !self.obey(supervisor)? {
@@ -128,7 +131,7 @@ impl<I: Ingress> EventLoop<I> {
 
     /// Waits for frames, a command or the timer.
     fn sleep(&mut self) -> io::Result<()> {
-        for index in 0..self.queues.len() {
+        for index in 0..self.active() {
             let queue = &mut self.queues[index];
             if !queue.polled {
                 self.egress.ring.push_poll(Token::Queue(index as u32), queue.socket.fd())?;
@@ -169,7 +172,15 @@ impl<I: Ingress> EventLoop<I> {
         Ok(())
     }
 
+    /// Queues that frames are taken from: none of them before the rules are complete.
+    fn active(&self) -> usize {
+        if self.begun { self.queues.len() } else { 0 }
+    }
+
     fn follow_table(&mut self) -> io::Result<()> {
+        if !self.begun {
+            return Ok(());
+        }
         self.queues.iter_mut().try_for_each(|queue| queue.socket.follow(&self.table))
     }
 
@@ -218,6 +229,10 @@ impl<I: Ingress> EventLoop<I> {
                 self.table.remove(slot);
                 self.follow_table()?;
                 return Ok(Some(sequence));
+            }
+            Command::Begin => {
+                self.begun = true;
+                self.follow_table()?;
             }
             Command::LogLevel { level } => set_log_level(&self.log_filter, &level),
             Command::Drain => self.draining = true,

@@ -34,6 +34,8 @@ pub enum Command {
         sequence: u64,
         slot: u32,
     },
+    /// The rules are complete: take frames from now on.
+    Begin,
     LogLevel {
         level: String,
     },
