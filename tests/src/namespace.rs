@@ -160,6 +160,14 @@ impl Namespace {
         written.unwrap_or_else(|error| panic!("{path} = {value}: {error}"));
     }
 
+    /// Writes `/proc/sys/net/KEY` where the kernel has it.
+    #[track_caller]
+    pub fn sysctl_if_there(&self, key: &str, value: &str) {
+        if self.run(|| fs::exists(format!("/proc/sys/net/{key}"))).unwrap_or(false) {
+            self.sysctl(key, value);
+        }
+    }
+
     /// Reads a file of `/proc/net` as this namespace sees it.
     #[track_caller]
     pub fn proc_net(&self, file: &str) -> String {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use mcr::api::wire::{
-    Health, InterfaceStats, Outcome, RuleInfo, RuleOutcome, RuleShow, RuleStats, Stats, WorkerInfo,
+    Health, InterfaceStats, Outcome, RuleInfo, RuleList, RuleOutcome, RuleShow, RuleStats, Stats, WorkerInfo,
     WorkerList,
 };
 use nix::sys::signal::Signal;
@@ -192,6 +192,12 @@ impl<'a> Relay<'a> {
     pub fn remove(&self, name: &str) {
         let outcome: RuleOutcome = self.json(&["rule", "remove", name]);
         assert_eq!(outcome.outcome, Outcome::Removed);
+    }
+
+    /// Every rule.
+    #[track_caller]
+    pub fn show_all(&self) -> Vec<RuleInfo> {
+        self.json::<RuleList>(&["rule", "list"]).rules
     }
 
     #[track_caller]

@@ -179,10 +179,14 @@ impl Segment {
         ]);
         match plan.ground {
             Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf => {}
-            Ground::Bridge => relay.ip(&[
-                &format!("link add {interface} type bridge mcast_snooping 0"),
-                &format!("link set {end} master {interface} up"),
-            ]),
+            Ground::Bridge => {
+                relay.ip(&[
+                    &format!("link add {interface} type bridge mcast_snooping 0"),
+                    &format!("link set {end} master {interface} up"),
+                ]);
+                // Where the kernel has it, it drops what lies about its length before anybody sees it.
+                relay.sysctl_if_there("bridge/bridge-nf-call-iptables", "0");
+            }
             Ground::Macvlan => relay.ip(&[
                 &format!("link set {end} up"),
                 &format!("link add {interface} link {end} type macvlan mode private"),

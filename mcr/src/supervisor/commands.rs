@@ -137,15 +137,36 @@ impl Daemon {
             merge: change.merge,
             link_local: change.link_local,
         };
+        let before = self.state.rules().get(&change.name)?.rule.clone();
+        // What is refused is refused before anything has changed.
+        self.state.rules().clone().amend(&change.name, amendment.clone())?;
+        if let Some(datapath) = amendment.datapath {
+            self.change_datapath(&change.name, datapath).await?;
+        }
         let known = self.state.rules().get(&change.name)?.output_slots.clone();
-        let made = self.state.amend(&change.name, amendment)?;
+        self.state.amend(&change.name, amendment)?;
         let entry = self.state.rules().get(&change.name)?.clone();
         let new: Vec<OutputSlot> =
             entry.output_slots.iter().copied().filter(|slot| !known.contains(slot)).collect();
         self.books.open(&entry, false, &new, &self.programs);
         self.settle().await;
-        let outcome = if made == Change::Made { Outcome::Changed } else { Outcome::Unchanged };
+        let outcome = if entry.rule == before { Outcome::Unchanged } else { Outcome::Changed };
         self.outcome(outcome, &entry, self.warnings(&entry))
+    }
+
+    /// Moves a rule to another datapath, or leaves it where it is if it cannot be served there.
+    async fn change_datapath(&mut self, name: &str, datapath: DatapathChoice) -> Result<(), Error> {
+        let to = |datapath| Amendment { datapath: Some(datapath), ..Amendment::default() };
+        let former = self.state.rules().get(name)?.rule.datapath;
+        self.state.amend(name, to(datapath))?;
+        self.settle().await;
+        let entry = self.state.rules().get(name)?;
+        if let Some((Problem::Failed, why)) = self.state.rule_problem(entry) {
+            self.state.amend(name, to(former))?;
+            self.settle().await;
+            return Err(Error::refused(why));
+        }
+        Ok(())
     }
 
     /// Answered when not one more datagram of the rule leaves.

@@ -68,6 +68,8 @@ pub struct Daemon {
     pub since: SystemTime,
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
     pub packet_sockets: BTreeMap<WorkerId, PacketIngress>,
+    /// Why `auto` takes AF_PACKET on interfaces, as far as it has been said.
+    fallbacks: BTreeMap<InterfaceName, String>,
     object: Object,
     memberships: Memberships,
     pins: PathBuf,
@@ -129,6 +131,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         since: SystemTime::now(),
         workers: BTreeMap::new(),
         packet_sockets: BTreeMap::new(),
+        fallbacks: BTreeMap::new(),
         object,
         memberships: Memberships::default(),
         pins: namespace.pins.clone(),
@@ -219,7 +222,7 @@ impl Daemon {
                 _ = second.tick() => {
                     self.read_packet_statistics();
                     self.books.sample(&self.state);
-                    if self.queues_changed() {
+                    if self.queues_changed() || self.state.awaits_slot() {
                         self.read_links(&links).await;
                     }
                 }
@@ -326,6 +329,7 @@ impl Daemon {
         loop {
             let plan = self.state.plan();
             if plan.is_empty() {
+                self.warn_of_fallbacks();
                 return;
             }
             for effect in plan {
@@ -333,7 +337,11 @@ impl Daemon {
                 match self.execute(&effect).await {
                     Ok(()) => self.state.done(&effect),
                     Err(failure) => {
-                        self.warn_of(&effect, &failure);
+                        let (Failure::Refused(why) | Failure::Worker { why, .. }) = &failure;
+                        // What keeps XDP away is said to who asked for it, and once where it was `auto`.
+                        if !matches!(effect, Effect::Attach { .. }) {
+                            warn!("{why}");
+                        }
                         self.state.failed(&effect, failure);
                         break;
                     }
@@ -342,18 +350,20 @@ impl Daemon {
         }
     }
 
-    fn warn_of(&self, effect: &Effect, failure: &Failure) {
-        let (Failure::Refused(why) | Failure::Worker { why, .. }) = failure;
-        match effect {
-            Effect::Attach { interface } => {
-                let known = self.state.no_xdp(interface).as_ref() == Some(why);
-                let of_interface = |entry: &&Entry| entry.rule.input.interface == *interface;
-                let mut rules = self.state.rules().iter().filter(of_interface);
-                if rules.any(|entry| entry.rule.datapath == DatapathChoice(None)) && !known {
-                    warn!("rules with --datapath auto on {interface} go by af-packet: {why}");
-                }
+    /// Says once for each reason that `auto` takes AF_PACKET on an interface.
+    fn warn_of_fallbacks(&mut self) {
+        let by_auto = |entry: &&Entry| entry.rule.datapath == DatapathChoice(None);
+        let rules = self.state.rules().iter().filter(by_auto).map(|entry| &entry.rule);
+        let fallen: BTreeSet<_> = rules
+            .filter(|rule| self.state.datapath_of(rule) == Datapath::AfPacket)
+            .map(|rule| rule.input.interface.clone())
+            .collect();
+        for interface in fallen {
+            let Some(why) = self.state.no_xdp(&interface).filter(|_| self.state.has_bpf()) else { continue };
+            if self.fallbacks.get(&interface) != Some(&why) {
+                warn!("rules with --datapath auto on {interface} go by af-packet: {why}");
+                self.fallbacks.insert(interface, why);
             }
-            _ => warn!("{why}"),
         }
     }
 

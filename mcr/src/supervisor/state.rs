@@ -203,6 +203,13 @@ impl State {
         self.xdp_refusals.get(interface).map(|refusal| refusal.why.clone())
     }
 
+    /// Whether XDP waits for somebody else's program to go, which nothing tells.
+    pub fn awaits_slot(&self) -> bool {
+        let occupied =
+            |name: &InterfaceName| self.links.get(name).is_some_and(|link| link.xdp_program.is_some());
+        self.xdp_refusals.keys().any(occupied)
+    }
+
     pub fn has_bpf(&self) -> bool {
         self.limits.no_bpf.is_none()
     }
@@ -425,9 +432,16 @@ impl State {
     fn all_flows(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
         let xdp = self.prefers_xdp(interface);
         let served = [Datapath::AfXdp, Datapath::AfPacket].map(|datapath| self.serves(interface, datapath));
-        let relaying = |entry: &Entry| match datapath::choose(entry.rule.datapath, xdp) {
-            Datapath::AfPacket => served[1].then_some(action::PASS),
-            _ => served[0].then_some(action::STEER),
+        let there = self.actual.flows.get(interface);
+        let relaying = |entry: &Entry| {
+            let (action, served) = match datapath::choose(entry.rule.datapath, xdp) {
+                Datapath::AfPacket => (action::PASS, served[1]),
+                _ => (action::STEER, served[0]),
+            };
+            // A rule that moves stays where it is until the other datapath serves the interface.
+            let former = there.and_then(|flows| flows.get(&ruleset::key(&entry.rule.input)));
+            let former = former.map(|flow| flow.action).filter(|&action| relays(action));
+            if served { Some(action) } else { former }
         };
         self.rules.flows(interface, relaying, |output| self.source(output))
     }
