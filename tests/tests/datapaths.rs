@@ -233,6 +233,12 @@ fn on_the_wire(ground: Ground) -> Vec<Vec<Captured>> {
     relay.add("cam1", "239.1.1.1:5000@in0", &outputs);
     site.segments[0].wait_until_joined(*GROUP.ip());
     let mut sinks: Vec<_> = (0..3).map(|sink| site.capture(sink)).collect();
+    // While a host's address is being resolved, and where it refuses the port, datagrams may change places.
+    let host = &site.sinks[2].host;
+    let _listener = host.run(|| UdpSocket::bind("10.78.2.2:6005")).expect("bind");
+    let mac = host.json("ip", &["-j", "link", "show", ETH])[0]["address"].clone();
+    let mac = mac.as_str().expect("a MAC address");
+    site.relay.ip(&[&format!("neigh replace 10.78.2.2 lladdr {mac} dev out2 nud permanent")]);
     let udp = Udp::new("10.77.0.2:40000".parse().unwrap(), GROUP);
     let sizes = [0usize, 1, 17, 100, 100, 100, 1316, 1316, 40, 1472, 1472, 3];
     let frames = (0..600u32).map(|n| {
@@ -255,7 +261,11 @@ fn on_the_wire(ground: Ground) -> Vec<Vec<Captured>> {
 fn every_ground_puts_the_same_datagrams_on_the_wire() {
     let veth = on_the_wire(Ground::Veth);
     for ground in [Ground::PlainVeth, Ground::Bridge, Ground::Macvlan, Ground::WithoutBpf] {
-        assert!(on_the_wire(ground) == veth, "{ground:?} differs from AF_XDP on a veth");
+        for (here, there) in on_the_wire(ground).iter().zip(&veth) {
+            let differs = here.iter().zip(there).position(|(here, there)| here != there);
+            let differs = differs.map(|n| (n, &here[n], &there[n]));
+            assert_eq!(differs, None, "{ground:?} against AF_XDP on a veth");
+        }
     }
 }
 

@@ -431,19 +431,20 @@ impl State {
     /// The flows of an interface if none had failed.
     fn all_flows(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
         let xdp = self.prefers_xdp(interface);
-        let served = [Datapath::AfXdp, Datapath::AfPacket].map(|datapath| self.serves(interface, datapath));
-        let there = self.actual.flows.get(interface);
-        let relaying = |entry: &Entry| {
-            let (action, served) = match datapath::choose(entry.rule.datapath, xdp) {
-                Datapath::AfPacket => (action::PASS, served[1]),
-                _ => (action::STEER, served[0]),
-            };
-            // A rule that moves stays where it is until the other datapath serves the interface.
-            let former = there.and_then(|flows| flows.get(&ruleset::key(&entry.rule.input)));
-            let former = former.map(|flow| flow.action).filter(|&action| relays(action));
-            if served { Some(action) } else { former }
-        };
+        let relaying = |entry: &Entry| self.relaying(entry, xdp);
         self.rules.flows(interface, relaying, |output| self.source(output))
+    }
+
+    /// The action of a rule's own flow, if it has one now; `xdp` is whether `auto` takes XDP.
+    fn relaying(&self, entry: &Entry, xdp: bool) -> Option<u32> {
+        let input = &entry.rule.input;
+        let datapath = datapath::choose(entry.rule.datapath, xdp);
+        if self.serves(&input.interface, datapath) {
+            return Some(relaying_action(datapath));
+        }
+        // A rule that moves stays where it is until the other datapath serves the interface.
+        let there = self.actual.flows.get(&input.interface)?.get(&ruleset::key(input))?;
+        relays(there.action).then_some(there.action)
     }
 
     /// The source address of an output, if it can send now.
@@ -515,7 +516,7 @@ impl State {
     fn membership(&self, entry: &Entry) -> Option<Membership> {
         let input = &entry.rule.input;
         let link = self.links.get(&input.interface)?;
-        let ready = link.up && self.serves(&input.interface, self.datapath_of(&entry.rule));
+        let ready = link.up && self.relaying(entry, self.prefers_xdp(&input.interface)).is_some();
         ready.then_some(Membership { interface: link.index, group: input.group, source: input.source })
     }
 
