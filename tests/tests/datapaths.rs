@@ -1,5 +1,7 @@
 //! Which datapath serves a rule, why, and what happens when it changes.
 
+#![expect(clippy::unwrap_used, reason = "where it fails, the test fails and says where")]
+
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 
 use mcr::api::wire::{Health, RuleShow};

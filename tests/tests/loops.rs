@@ -1,5 +1,7 @@
 //! What this relay sent is never relayed by it again.
 
+#![expect(clippy::unwrap_used, reason = "where it fails, the test fails and says where")]
+
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use tests::{

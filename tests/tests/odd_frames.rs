@@ -1,6 +1,8 @@
 //! Frames that are not one plain datagram of the interface's MTU: what is promised for each, on every
 //! ground.
 
+#![expect(clippy::unwrap_used, reason = "where it fails, the test fails and says where")]
+
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use tests::{
@@ -86,9 +88,9 @@ fn tagged_frames_are_counted_and_left_to_the_host() {
     assert_sequence(&sink.exactly(TO, 200), 0..200);
 }
 
-/// Sends `sends` runs of `segments` datagrams by `UDP_SEGMENT`, which leave a virtual sender as one frame
+/// Sends `runs` runs of `segments` datagrams by `UDP_SEGMENT`, which leave a virtual sender as one frame
 /// each, and plain datagrams between them.
-fn play_super_packets(site: &Site, sends: u64, segments: u64, size: usize) -> u64 {
+fn play_super_packets(site: &Site, runs: u64, segments: u64, size: usize) -> u64 {
     let socket = site.source().run(|| {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("bind");
         socket.connect(GROUP).expect("connect");
@@ -102,7 +104,7 @@ fn play_super_packets(site: &Site, sends: u64, segments: u64, size: usize) -> u6
         number += 1;
         payload
     };
-    for _ in 0..sends {
+    for _ in 0..runs {
         // SAFETY: the value is an int that lives through the call.
         let result = unsafe {
             libc::setsockopt(
@@ -130,8 +132,8 @@ fn super_packets_of_a_virtual_sender_are_relayed_as_the_datagrams_that_they_are(
     let mut sink = site.capture(0);
     // Longer than a slot, shorter than one, and more datagrams than a batch has room for.
     let mut sent = 0;
-    for (sends, segments, size) in [(50, 40, 1316), (50, 3, 300), (50, 64, 20)] {
-        let played = play_super_packets(&site, sends, segments, size);
+    for (runs, segments, size) in [(50, 40, 1316), (50, 3, 300), (50, 64, 20)] {
+        let played = play_super_packets(&site, runs, segments, size);
         sent += played;
         let stats = relay.balanced("cam1", sent);
         assert_eq!((stats.received, stats.outputs[0].sent), (sent, sent), "{segments} of {size} bytes");

@@ -1,5 +1,7 @@
 //! Rules that come and go while traffic flows.
 
+#![expect(clippy::unwrap_used, reason = "where it fails, the test fails and says where")]
+
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use mcr::api::wire::{Outcome, RuleList, RuleOutcome, RuleStats};

@@ -1,5 +1,7 @@
 //! Who sends: sources that the relay host has no route to, and rules for one source of a group.
 
+#![expect(clippy::unwrap_used, reason = "where it fails, the test fails and says where")]
+
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 
 use tests::{

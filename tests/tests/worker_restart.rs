@@ -1,5 +1,7 @@
 //! A worker that dies while its packet socket stays.
 
+#![expect(clippy::unwrap_used, reason = "where it fails, the test fails and says where")]
+
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use mcr::traffic::probe::Payload;

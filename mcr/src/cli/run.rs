@@ -10,10 +10,8 @@ use crate::{
         self,
         settings::{DEFAULT_CONTROL, DEFAULT_PIN_ROOT, LogFormat, LogLevel, Settings},
     },
+    sys::cpu_list::parse_cpus,
 };
-
-/// CPUs that a CPU set of the kernel's interface has room for.
-const MAX_CPU: u32 = 1023;
 
 /// Run the relay daemon in the foreground
 #[derive(Debug, clap::Args)]
@@ -28,7 +26,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     workers: Option<NonZeroU32>,
     /// CPUs that workers are pinned to, like 0-3,6
-    #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
+    #[arg(long, value_name = "LIST", value_parser = parse_list)]
     cpus: Option<CpuList>,
     /// The control socket to listen on
     #[arg(long, value_name = "PATH", env = "MCR_CONTROL", default_value = DEFAULT_CONTROL)]
@@ -81,25 +79,8 @@ impl From<Args> for Settings {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct CpuList(Vec<u32>);
 
-fn parse_cpus(text: &str) -> Result<CpuList, String> {
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        match (parse_cpu(first)?, parse_cpu(last)?) {
-            (first, last) if first <= last => cpus.extend(first..=last),
-            _ => return Err(format!("the range {part} ends before it begins")),
-        }
-    }
-    cpus.sort_unstable();
-    cpus.dedup();
-    Ok(CpuList(cpus))
-}
-
-fn parse_cpu(number: &str) -> Result<u32, String> {
-    match number.parse() {
-        Ok(cpu @ 0..=MAX_CPU) => Ok(cpu),
-        _ => Err(format!("'{number}' is no CPU: write numbers from 0 to {MAX_CPU} and ranges, like 0-3,6")),
-    }
+fn parse_list(text: &str) -> Result<CpuList, String> {
+    parse_cpus(text).map(CpuList)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use rtnetlink::{
 
 use crate::{
     rule::{IfIndex, InterfaceName},
-    sys::ethtool,
+    sys::{cpu_list::parse_cpus, ethtool},
 };
 
 /// An interface as the kernel has it.
@@ -31,6 +31,8 @@ pub struct Link {
     pub kind: String,
     /// RX queues in use.
     pub rx_queues: u32,
+    /// CPUs of the memory node that its device belongs to; none where there is no such device.
+    pub near_cpus: Vec<u32>,
     /// Id of the XDP program in its slot.
     pub xdp_program: Option<u32>,
 }
@@ -104,6 +106,7 @@ fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
         addresses: Vec::new(),
         kind: String::new(),
         rx_queues: 1,
+        near_cpus: Vec::new(),
         xdp_program: None,
     };
     for attribute in &message.attributes {
@@ -120,8 +123,14 @@ fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
     }
     let name = name?;
     link.rx_queues = ethtool::rx_queues(&name).unwrap_or(link.rx_queues).max(1);
+    let driver = ethtool::driver(&name);
+    if let Some((_, bus)) = &driver {
+        // By the bus, whose devices every network namespace shows alike.
+        let list = std::fs::read_to_string(format!("/sys/bus/pci/devices/{bus}/local_cpulist"));
+        link.near_cpus = list.ok().and_then(|list| parse_cpus(list.trim()).ok()).unwrap_or_default();
+    }
     if link.kind.is_empty() {
-        link.kind = ethtool::driver(&name).unwrap_or_else(|| "device".to_owned());
+        link.kind = driver.map_or_else(|| "device".to_owned(), |(driver, _)| driver);
     }
     Some((name, link))
 }

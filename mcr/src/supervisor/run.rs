@@ -103,6 +103,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         max_rules: settings.max_rules,
         workers: settings.workers.map(std::num::NonZeroU32::get),
         cpus,
+        cpus_chosen: settings.cpus.is_some(),
         source_port: 0,
         host: host::limits(),
         no_bpf,

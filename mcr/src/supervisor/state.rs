@@ -49,6 +49,8 @@ pub struct Limits {
     pub workers: Option<u32>,
     /// CPUs that workers are pinned to, in turn.
     pub cpus: Vec<u32>,
+    /// The operator chose them: they are used whichever device is near.
+    pub cpus_chosen: bool,
     pub source_port: u16,
     pub host: HostLimits,
     /// Why no eBPF can be had here, if it cannot: AF_PACKET works without.
@@ -606,7 +608,7 @@ impl State {
     }
 
     fn workers_for(&self, link: &Link) -> u32 {
-        let default = af_xdp::default_workers(link.rx_queues, self.limits.cpus.len() as u32);
+        let default = af_xdp::default_workers(link.rx_queues, self.cpus_for(link).len() as u32);
         self.limits.workers.unwrap_or(default)
     }
 
@@ -657,21 +659,29 @@ impl State {
             let shares = af_xdp::share_queues(link.rx_queues, self.workers_for(link));
             shares.into_iter().map(|queues| FrameSource::AfXdp { queues, chunk_bytes }).collect()
         };
+        let cpus = self.cpus_for(link);
         let spec = |(index, source)| {
             let id = WorkerId { interface: interface.clone(), datapath, index };
-            let cpu = self.cpu_of(&id);
+            let cpu = self.cpu_of(&id, &cpus);
             (id, WorkerSpec { ifindex: link.index, cpu, source })
         };
         (0..).zip(sources).map(spec).collect()
     }
 
-    /// The CPU of a worker: the one with the fewest workers so far.
-    fn cpu_of(&mut self, id: &WorkerId) -> Option<u32> {
+    /// The CPUs for an interface's workers: those near its device, if there are any and nobody chose others.
+    fn cpus_for(&self, link: &Link) -> Vec<u32> {
+        let all = &self.limits.cpus;
+        let near: Vec<_> = all.iter().copied().filter(|cpu| link.near_cpus.contains(cpu)).collect();
+        if near.is_empty() || self.limits.cpus_chosen { all.clone() } else { near }
+    }
+
+    /// The CPU of a worker: the one of these with the fewest workers so far.
+    fn cpu_of(&mut self, id: &WorkerId, cpus: &[u32]) -> Option<u32> {
         if let Some(cpu) = self.cpus.get(id) {
             return Some(*cpu);
         }
         let load = |cpu: &u32| self.cpus.values().filter(|taken| *taken == cpu).count();
-        let cpu = self.limits.cpus.iter().copied().min_by_key(load)?;
+        let cpu = cpus.iter().copied().min_by_key(load)?;
         self.cpus.insert(id.clone(), cpu);
         Some(cpu)
     }

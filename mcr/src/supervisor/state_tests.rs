@@ -22,7 +22,8 @@ fn packet_worker(name: &str, index: u32) -> WorkerId {
 
 fn limits(max_rules: u32, workers: Option<u32>, cpus: &[u32]) -> Limits {
     let host = HostLimits { locked_bytes: None, memory_bytes: 1 << 32, descriptors: 1024 };
-    Limits { max_rules, workers, cpus: cpus.to_vec(), source_port: 4000, host, no_bpf: None }
+    let cpus = cpus.to_vec();
+    Limits { max_rules, workers, cpus, cpus_chosen: false, source_port: 4000, host, no_bpf: None }
 }
 
 /// `ethN` with index `10 + N` and the address 10.0.N.1, one queue.
@@ -34,6 +35,7 @@ fn link(n: u8) -> (InterfaceName, Link) {
         addresses: vec![Ipv4Addr::new(10, 0, n, 1)],
         kind: "veth".to_owned(),
         rx_queues: 1,
+        near_cpus: Vec::new(),
         xdp_program: None,
     };
     (interface(&format!("eth{n}")), link)
@@ -1164,6 +1166,28 @@ fn af_packet_by_name_leaves_xdp_alone() {
 }
 
 #[test]
+fn a_rule_that_moves_has_its_flow_and_its_membership_all_the_while() {
+    let mut supervisor = Supervisor::serving(&[cam()]);
+    let amendment = Amendment { datapath: Some("af-packet".parse().unwrap()), ..Amendment::default() };
+    supervisor.state.amend("cam", amendment).unwrap();
+    did(
+        &supervisor.settle(),
+        &[
+            "fanout eth0 x1",
+            "start eth0/packet0",
+            "open eth0/packet0 #0 eth1%11:4000",
+            "upsert eth0/packet0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1",
+            "steer eth0/packet0",
+            "set eth0 *,239.1.1.1:5000 pass rule 0",
+            "barrier",
+            "remove eth0/xdp0 rule 0",
+            "close eth0/xdp0 #0",
+        ],
+    );
+    supervisor.check_settled();
+}
+
+#[test]
 fn packet_sockets_that_cannot_be_opened_are_a_failure() {
     let mut supervisor = Supervisor::serving(&[]);
     supervisor.failing = vec!["fanout eth0".to_owned()];
@@ -1487,6 +1511,21 @@ fn the_fewest_workers_decide_the_cpu_and_it_is_kept() {
     supervisor.exit(&worker("eth0", 1), SHORT);
     supervisor.restart(&worker("eth0", 1));
     assert_eq!(cpus(&supervisor), [Some(4), Some(5), Some(6), Some(4)]);
+}
+
+#[test]
+fn workers_are_near_their_device_unless_the_operator_chose() {
+    for (chosen, expected) in
+        [(false, vec![Some(2), Some(3)]), (true, vec![Some(0), Some(1), Some(2), Some(3)])]
+    {
+        let limits = Limits { cpus_chosen: chosen, ..limits(8, None, &[0, 1, 2, 3]) };
+        let mut supervisor = Supervisor::with(limits);
+        supervisor.links(links(0..4));
+        supervisor.change("eth0", |link| (link.rx_queues, link.near_cpus) = (8, vec![2, 3, 9]));
+        supervisor.add(cam());
+        let cpus = supervisor.state.workers().values().map(|running| running.spec.as_ref().unwrap().cpu);
+        assert_eq!(cpus.collect::<Vec<_>>(), expected);
+    }
 }
 
 /// What may happen, in terms that fit any state.

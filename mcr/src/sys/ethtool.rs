@@ -27,7 +27,9 @@ struct Channels {
 struct DriverInfo {
     cmd: u32,
     driver: [u8; 32],
-    rest: [u8; 160],
+    versions: [u8; 64],
+    bus: [u8; 32],
+    rest: [u8; 64],
 }
 
 /// RX queues in use, or `None` if the driver does not say.
@@ -37,11 +39,13 @@ pub fn rx_queues(interface: &InterfaceName) -> Option<u32> {
     Some(answer.rx + answer.combined).filter(|&queues| queues > 0)
 }
 
-/// The driver's name.
-pub fn driver(interface: &InterfaceName) -> Option<String> {
-    let answer = call(interface, DriverInfo { cmd: ETHTOOL_GDRVINFO, driver: [0; 32], rest: [0; 160] })?;
-    let name = CStr::from_bytes_until_nul(&answer.driver).ok()?.to_str().ok()?;
-    (!name.is_empty()).then(|| name.to_owned())
+/// The driver's name, and the device's place on its bus, like `0000:3b:00.0`.
+pub fn driver(interface: &InterfaceName) -> Option<(String, String)> {
+    let request =
+        DriverInfo { cmd: ETHTOOL_GDRVINFO, driver: [0; 32], versions: [0; 64], bus: [0; 32], rest: [0; 64] };
+    let answer = call(interface, request)?;
+    let text = |bytes| CStr::from_bytes_until_nul(bytes).ok()?.to_str().ok().map(str::to_owned);
+    Some((text(&answer.driver)?, text(&answer.bus)?)).filter(|(driver, _)| !driver.is_empty())
 }
 
 /// Hands a request structure to the interface's driver, which answers in place.

@@ -1,6 +1,7 @@
 //! The system calls that no library of ours wraps, thin.
 
 pub mod channel;
+pub mod cpu_list;
 pub mod ethtool;
 pub mod multicast;
 pub mod privileges;

@@ -85,6 +85,7 @@ impl PacketQueue {
     }
 
     /// The status word, by which kernel and worker hand a slot to one another.
+    #[expect(clippy::cast_ptr_alignment, reason = "slots are multiples of 16 bytes from a page's start on")]
     fn status(&self, slot: u32) -> &AtomicU32 {
         // SAFETY: the status is the first word of the slot, which is aligned to 16 bytes and mapped as
         // long as the queue lives; both sides access it atomically.
@@ -95,6 +96,7 @@ impl PacketQueue {
         self.status(slot).load(Ordering::Acquire) & libc::TP_STATUS_USER != 0
     }
 
+    #[expect(clippy::cast_ptr_alignment, reason = "slots are multiples of 16 bytes from a page's start on")]
     fn header(&self, slot: u32) -> libc::tpacket2_hdr {
         // SAFETY: every slot begins with this header; it is the worker's while the status says so.
         unsafe { self.slot(slot).cast::<libc::tpacket2_hdr>().read() }
