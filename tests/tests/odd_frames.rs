@@ -90,16 +90,16 @@ fn tagged_frames_are_counted_and_left_to_the_host() {
 
 /// Sends `runs` runs of `segments` datagrams by `UDP_SEGMENT`, which leave a virtual sender as one frame
 /// each, and plain datagrams between them.
-fn play_super_packets(site: &Site, runs: u64, segments: u64, size: usize) -> u64 {
+fn play_super_packets(site: &Site, runs: u64, segments: u64, bytes: usize) -> u64 {
     let socket = site.source().run(|| {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("bind");
         socket.connect(GROUP).expect("connect");
         socket
     });
-    let segment = i32::try_from(size).expect("a size");
+    let segment = i32::try_from(bytes).expect("a size");
     let mut number = 0u64;
     let mut datagram = || {
-        let mut payload = vec![0; size];
+        let mut payload = vec![0; bytes];
         payload[..8].copy_from_slice(&number.to_be_bytes());
         number += 1;
         payload
