@@ -243,6 +243,9 @@ pub struct OutputStats {
     /// earlier datagram.
     #[serde(default)]
     pub retried: u64,
+    /// Of the dropped: datagrams of runs of which the kernel refused some and does not say which.
+    #[serde(default)]
+    pub approximate: u64,
     /// By reason; reasons without a drop are absent.
     pub dropped: BTreeMap<String, u64>,
 }
@@ -291,6 +294,9 @@ pub struct WorkerInfo {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub last_exit: Option<String>,
     pub received: u64,
+    /// Calls of `io_uring_enter`, as of the last time that the worker slept or its timer ran out.
+    #[serde(default)]
+    pub system_calls: u64,
     pub received_pps: f64,
 }
 

@@ -28,6 +28,9 @@ pub struct Args {
     /// CPUs that workers are pinned to, like 0-3,6
     #[arg(long, value_name = "LIST", value_parser = parse_list)]
     cpus: Option<CpuList>,
+    /// How long an idle worker looks for frames before it sleeps: less latency for more CPU, at most 1000000
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    busy_poll: u32,
     /// The control socket to listen on
     #[arg(long, value_name = "PATH", env = "MCR_CONTROL", default_value = DEFAULT_CONTROL)]
     control: PathBuf,
@@ -64,6 +67,7 @@ impl From<Args> for Settings {
             generic_xdp: args.generic_xdp,
             workers: args.workers,
             cpus: args.cpus.map(|CpuList(cpus)| cpus),
+            busy_poll_us: args.busy_poll,
             control: args.control,
             pin_root: args.pin_root,
             source_port: args.source_port,
@@ -102,7 +106,7 @@ mod tests {
     #[test]
     fn arguments_become_settings() {
         let given = settings(
-            "--datapath af-xdp --generic-xdp --workers 2 --cpus 6,0-3 --control /tmp/s --pin-root /tmp/bpf --source-port 7000 \
+            "--datapath af-xdp --generic-xdp --busy-poll 50 --workers 2 --cpus 6,0-3 --control /tmp/s --pin-root /tmp/bpf --source-port 7000 \
              --max-rules 10 --bpf-object a.o --log-format json --log-level debug",
         );
         let expected = Settings {
@@ -110,6 +114,7 @@ mod tests {
             generic_xdp: true,
             workers: NonZeroU32::new(2),
             cpus: Some(vec![0, 1, 2, 3, 6]),
+            busy_poll_us: 50,
             control: "/tmp/s".into(),
             pin_root: "/tmp/bpf".into(),
             source_port: Some(7000),
@@ -134,6 +139,7 @@ mod tests {
         for line in [
             "--datapath fast",
             "--workers 0",
+            "--busy-poll 1000001",
             "--cpus 3-1",
             "--cpus 0,,1",
             "--cpus 1024",

@@ -159,6 +159,7 @@ mod tests {
             sent_bytes: 11_844_000,
             sent_pps: 1_000.0,
             retried: 0,
+            approximate: 0,
             dropped: dropped.iter().map(|&(reason, count)| (reason.to_owned(), count)).collect(),
         };
         RuleStats {

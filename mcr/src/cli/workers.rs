@@ -70,6 +70,7 @@ mod tests {
             restarts: 0,
             last_exit: None,
             received: 1_234_567,
+            system_calls: 0,
             received_pps: 12_345.0,
         }
     }

@@ -132,6 +132,7 @@ impl Daemon {
             sent_bytes: totals.sent_bytes,
             sent_pps: self.books.output_rates.get(&slot),
             retried: totals.retried,
+            approximate: totals.approximate,
             dropped: nonzero(reasons.zip(totals.dropped)),
         }
     }
@@ -183,6 +184,7 @@ impl Daemon {
             restarts: mishaps.restarts,
             last_exit: mishaps.last_exit,
             received: self.books.worker_received(id),
+            system_calls: self.books.worker_enters(id),
             received_pps: self.books.worker_rates.get(id),
         }
     }

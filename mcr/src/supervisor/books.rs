@@ -43,6 +43,7 @@ pub struct OutputTotals {
     pub sent: u64,
     pub sent_bytes: u64,
     pub retried: u64,
+    pub approximate: u64,
     pub dropped: [u64; DropReason::ALL.len()],
 }
 
@@ -215,6 +216,7 @@ impl Books {
             sent: raw.sent - base.sent,
             sent_bytes: raw.sent_bytes - base.sent_bytes,
             retried: raw.retried - base.retried,
+            approximate: raw.approximate - base.approximate,
             dropped: std::array::from_fn(|reason| raw.dropped[reason] - base.dropped[reason]),
         }
     }
@@ -227,6 +229,7 @@ impl Books {
             totals.sent += counters.sent.get();
             totals.sent_bytes += counters.sent_bytes.get();
             totals.retried += counters.retried.get();
+            totals.approximate += counters.approximate.get();
             for (total, counter) in totals.dropped.iter_mut().zip(&counters.dropped) {
                 *total += counter.get();
             }
@@ -302,6 +305,11 @@ impl Books {
     pub fn worker_received(&self, id: &WorkerId) -> u64 {
         let Some((ledger, _)) = self.ledgers.get(id) else { return 0 };
         (0..self.layout.queues as usize).map(|index| ledger.queue(index).received.get()).sum()
+    }
+
+    /// How often a worker entered the kernel.
+    pub fn worker_enters(&self, id: &WorkerId) -> u64 {
+        self.ledgers.get(id).map_or(0, |(ledger, _)| ledger.worker().enters.get())
     }
 
     /// Writes down what a dead worker can no longer say: the datagrams that it held.

@@ -551,7 +551,8 @@ impl Daemon {
             }
         };
         let log_level = self.log.level().as_str().to_owned();
-        Ok((Setup { ingress, cpu: spec.cpu, layout: self.books.layout(), log_level }, fds))
+        let busy_poll_us = self.settings.busy_poll_us;
+        Ok((Setup { ingress, cpu: spec.cpu, busy_poll_us, layout: self.books.layout(), log_level }, fds))
     }
 
     /// Ends a worker that is of no use; the end of its process, or this if there is none, has it restarted.

@@ -18,7 +18,7 @@ use crate::{
     worker::{
         ledger::{DropReason, Ledger},
         relay::{Egress, Run},
-        ring::{Completion, Ring, Token},
+        ring::{Completion, Ring, Sender, Target, Token},
     },
 };
 
@@ -62,6 +62,8 @@ struct Send {
     message: libc::msghdr,
     address: libc::sockaddr_in,
     control: Control,
+    target: Target,
+    /// The same socket, for its error queue.
     socket: RawFd,
     output: OutputSlot,
     datagrams: u64,
@@ -84,6 +86,7 @@ impl Send {
             message,
             address,
             control,
+            target: Target::Plain(-1),
             socket: -1,
             output: OutputSlot(0),
             datagrams: 0,
@@ -93,8 +96,9 @@ impl Send {
         }
     }
 
-    fn fill(&mut self, socket: RawFd, run: &Run<'_>) {
-        self.socket = socket;
+    fn fill(&mut self, sender: &Sender, run: &Run<'_>) {
+        self.target = sender.target();
+        self.socket = sender.as_raw_fd();
         self.output = run.output;
         self.datagrams = run.payloads.len() as u64;
         self.bytes = run.bytes;
@@ -150,7 +154,7 @@ enum Settled {
 /// The worker's ring with its egress sockets and prepared sends.
 pub struct UringEgress {
     pub ring: Ring,
-    sockets: BTreeMap<u32, OwnedFd>,
+    sockets: BTreeMap<u32, Sender>,
     /// Never grows after it was made: the kernel holds pointers into it.
     sends: Box<[Send]>,
     used: usize,
@@ -179,11 +183,16 @@ impl UringEgress {
     }
 
     pub fn open(&mut self, id: u32, socket: OwnedFd) {
-        self.sockets.insert(id, socket);
+        let sender = self.ring.open(socket);
+        if let Some(former) = self.sockets.insert(id, sender) {
+            self.ring.close(former);
+        }
     }
 
     pub fn close(&mut self, id: u32) {
-        self.sockets.remove(&id);
+        if let Some(sender) = self.sockets.remove(&id) {
+            self.ring.close(sender);
+        }
     }
 
     /// Completions of anything but sends.
@@ -248,7 +257,7 @@ impl UringEgress {
             send.message.msg_control = (&raw mut send.control).cast();
             // SAFETY: message, address and control stay in place and untouched until `flush` has
             // submitted and settled them; the payloads belong to the batch, which outlives the flush.
-            unsafe { self.ring.push_send(index as u32, send.socket, &raw const send.message)? };
+            unsafe { self.ring.push_send(index as u32, send.target, &raw const send.message)? };
         }
         self.ring.submit()?;
         while let Some(completion) = self.ring.completion() {
@@ -290,6 +299,9 @@ impl UringEgress {
             }
         }
         output.drop(reason, send.datagrams);
+        if send.datagrams > 1 {
+            output.approximate.add(send.datagrams);
+        }
         if reason == DropReason::SendFailed && !self.logged.contains(&send.error) {
             let error = io::Error::from_raw_os_error(send.error);
             warn!(%error, "sends fail and are counted as send_failed; this error is said once");
@@ -301,9 +313,6 @@ impl UringEgress {
 
 impl Egress for UringEgress {
     fn send(&mut self, ledger: &Ledger, run: Run<'_>) {
-        let Some(socket) = self.sockets.get(&run.route.socket).map(AsRawFd::as_raw_fd) else {
-            return ledger.output(run.output).drop(DropReason::Pending, run.payloads.len() as u64);
-        };
         if self.used == self.sends.len()
             && let Err(error) = self.flush(ledger)
         {
@@ -311,8 +320,13 @@ impl Egress for UringEgress {
             warn!(%error, "io_uring submission failed");
             return;
         }
-        self.sends[self.used].fill(socket, &run);
-        self.used += 1;
+        match self.sockets.get(&run.route.socket) {
+            Some(sender) => {
+                self.sends[self.used].fill(sender, &run);
+                self.used += 1;
+            }
+            None => ledger.output(run.output).drop(DropReason::Pending, run.payloads.len() as u64),
+        }
     }
 }
 

@@ -1,21 +1,24 @@
 //! The worker's one loop: drain the queues, relay, send, give the frames back; asleep when idle.
 
-use std::io;
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use libc::iovec;
-use mcr_common::parse::{PAYLOAD_OFFSET, parse};
+use mcr_common::parse::{Datagram, PAYLOAD_OFFSET, parse};
 use nix::time::{ClockId, clock_gettime};
 use tracing::{debug, info};
 
 use crate::{
     rule::RuleSlot,
     worker::{
-        LogFilter, Supervisor,
+        LogFilter, Relaying, Supervisor,
         egress::UringEgress,
         ingress::{Frame, Ingress},
         ledger::Ledger,
         protocol::{Command, Report},
-        relay::{Batch, FlowTable, relay},
+        relay::{Batch, Flow, FlowTable, relay},
         ring::{Completion, Token},
         set_log_level,
     },
@@ -42,21 +45,30 @@ pub(crate) struct EventLoop<I> {
     command_waits: bool,
     /// The rules are complete: frames may be taken.
     begun: bool,
+    /// Calls of `io_uring_enter` by former workers of this ledger.
+    enters_before: u64,
+    busy_poll: Duration,
+    /// When the queues were found empty, while the worker still looks for frames.
+    idle_since: Option<Instant>,
     draining: bool,
 }
 
 impl<I: Ingress> EventLoop<I> {
-    pub(crate) fn new(queues: Vec<I>, ledger: Ledger, egress: UringEgress, log_filter: LogFilter) -> Self {
+    pub(crate) fn new(queues: Vec<I>, relaying: Relaying, egress: UringEgress) -> Self {
+        let Relaying { ledger, busy_poll, log_filter } = relaying;
         let queue = |socket| Queue { socket, polled: false };
         Self {
             queues: queues.into_iter().map(queue).collect(),
             table: FlowTable::default(),
-            batch: Batch::new(),
+            batch: Batch::new(ledger.layout().rules),
+            enters_before: ledger.worker().enters.get(),
             ledger,
             egress,
             log_filter,
             command_waits: false,
             begun: false,
+            busy_poll,
+            idle_since: None,
             draining: false,
         }
     }
@@ -75,14 +87,23 @@ impl<I: Ingress> EventLoop<I> {
                 return Ok(());
             }
             if busy {
+                self.idle_since = None;
                 self.complete()?;
             } else if self.draining {
                 self.read_statistics()?;
                 return Ok(());
+            } else if self.polls_busily() {
+                self.complete()?;
             } else {
                 self.sleep()?;
             }
         }
+    }
+
+    /// Whether the worker is to look for frames once more before it sleeps.
+    fn polls_busily(&mut self) -> bool {
+        !self.busy_poll.is_zero()
+            && self.idle_since.get_or_insert_with(Instant::now).elapsed() < self.busy_poll
     }
 
     /// Relays one batch of a queue. False if none waited.
@@ -96,6 +117,8 @@ impl<I: Ingress> EventLoop<I> {
         }
         counters.received.add(frames as u64);
         batch.clear();
+        // Frames of one stream come in a row.
+        let mut last: Option<(Datagram, Flow)> = None;
         for frame in (0..frames).map(|index| socket.frame(index)) {
             let Some((Frame { bytes, segment }, datagram)) =
                 frame.and_then(|frame| Some((frame, parse(&frame.bytes).ok()?)))
@@ -103,9 +126,16 @@ impl<I: Ingress> EventLoop<I> {
                 counters.refused.add(1);
                 continue;
             };
-            let Some(flow) = table.find(&datagram) else {
-                counters.no_rule.add(1);
-                continue;
+            let flow = match last {
+                Some((like, flow)) if of_one_flow(&like, &datagram) => flow,
+                _ => {
+                    let Some(flow) = table.find(&datagram) else {
+                        counters.no_rule.add(1);
+                        continue;
+                    };
+                    last = Some((datagram, flow));
+                    flow
+                }
             };
             let payload = &bytes[PAYLOAD_OFFSET..PAYLOAD_OFFSET + usize::from(datagram.payload_len)];
             let segments = segments(payload, segment);
@@ -140,11 +170,20 @@ impl<I: Ingress> EventLoop<I> {
         }
         // Frames that came since the queues were drained complete the poll at once.
         self.egress.ring.wait()?;
+        self.count_enters();
         self.complete()
+    }
+
+    fn count_enters(&self) {
+        self.ledger.worker().enters.set(self.enters_before + self.egress.ring.enters());
     }
 
     /// Takes note of completions; those of sends are dealt with by the flush.
     fn complete(&mut self) -> io::Result<()> {
+        if self.egress.ring.work_waits() {
+            // Where nothing is sent nothing else enters the kernel.
+            self.egress.ring.submit()?;
+        }
         let mut timer = false;
         for Completion { token, .. } in self.egress.other_completions() {
             match token {
@@ -159,6 +198,7 @@ impl<I: Ingress> EventLoop<I> {
             }
         }
         if timer {
+            self.count_enters();
             self.read_statistics()?;
             self.egress.ring.push_timer(STATISTICS_PERIOD_MS)?;
         }
@@ -239,6 +279,10 @@ impl<I: Ingress> EventLoop<I> {
         }
         Ok(None)
     }
+}
+
+fn of_one_flow(one: &Datagram, other: &Datagram) -> bool {
+    (one.group, one.port, one.source) == (other.group, other.port, other.source)
 }
 
 /// Relays what is in the batch, and empties it.

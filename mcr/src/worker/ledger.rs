@@ -90,6 +90,14 @@ impl DropReason {
     }
 }
 
+/// Counters of the worker as a whole.
+#[repr(C)]
+#[derive(Debug)]
+pub struct WorkerLedger {
+    /// Calls of `io_uring_enter`: all that relaying takes, but for frames longer than a ring's slot.
+    pub enters: Counter,
+}
+
 /// Counters of one ingress socket. Unit: frames.
 #[repr(C)]
 #[derive(Debug)]
@@ -141,6 +149,9 @@ pub struct OutputLedger {
     pub sent_bytes: Counter,
     /// Sends repeated because an error of an earlier datagram was reported on them.
     pub retried: Counter,
+    /// Datagrams of runs that were refused with an errno which does not say which of them left: counted as
+    /// dropped, all of them.
+    pub approximate: Counter,
     /// By [`DropReason`].
     pub dropped: [Counter; DropReason::ALL.len()],
 }
@@ -165,8 +176,12 @@ pub struct Layout {
 }
 
 impl Layout {
+    const fn queues_offset() -> usize {
+        size_of::<WorkerLedger>()
+    }
+
     fn rules_offset(self) -> usize {
-        self.queues as usize * size_of::<QueueLedger>()
+        Self::queues_offset() + self.queues as usize * size_of::<QueueLedger>()
     }
 
     fn outputs_offset(self) -> usize {
@@ -206,11 +221,20 @@ impl Ledger {
         Ok(Self { map, layout })
     }
 
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    pub fn worker(&self) -> &WorkerLedger {
+        // SAFETY: the layout begins with these.
+        unsafe { self.entry(0, 0) }
+    }
+
     /// The queue's counters; `index` counts within the worker.
     pub fn queue(&self, index: usize) -> &QueueLedger {
         assert!(index < self.layout.queues as usize, "queue {index} has no ledger");
-        // SAFETY: the layout has its queues first, and the assertion keeps to their number.
-        unsafe { self.entry(0, index) }
+        // SAFETY: the layout has its queues at this offset, and the assertion keeps to their number.
+        unsafe { self.entry(Layout::queues_offset(), index) }
     }
 
     pub fn rule(&self, slot: RuleSlot) -> &RuleLedger {

@@ -3,7 +3,7 @@
 //! It takes frames from its sockets, relays them by the rules that the supervisor sent, and counts. It
 //! ends when its command socket closes, so that it never outlives its supervisor.
 
-mod egress;
+pub mod egress;
 mod event_loop;
 pub mod ingress;
 pub mod ledger;
@@ -14,6 +14,7 @@ pub mod ring;
 use std::{
     io,
     os::fd::{AsRawFd, OwnedFd, RawFd},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -40,6 +41,13 @@ use crate::{
 
 /// Sets the filter of the worker's log.
 type LogFilter = reload::Handle<EnvFilter, tracing_subscriber::Registry>;
+
+/// What a worker relays with, wherever its frames come from.
+pub(crate) struct Relaying {
+    pub ledger: Ledger,
+    pub busy_poll: Duration,
+    pub log_filter: LogFilter,
+}
 
 /// The socket to the supervisor.
 pub(crate) struct Supervisor {
@@ -120,6 +128,9 @@ fn start(supervisor: &mut Supervisor, log_filter: LogFilter) -> anyhow::Result<(
     if let Some(cpu) = setup.cpu {
         pin(cpu).with_context(|| format!("the worker cannot be pinned to CPU {cpu}"))?;
     }
+    let busy_poll = Duration::from_micros(setup.busy_poll_us.into());
+    let relaying = Relaying { ledger, busy_poll, log_filter };
+    let ledger = &relaying.ledger;
     match setup.ingress {
         protocol::Ingress::AfXdp { interface, queues, chunk_bytes, frames } => {
             let open = |(index, queue): (usize, u32)| {
@@ -127,13 +138,13 @@ fn start(supervisor: &mut Supervisor, log_filter: LogFilter) -> anyhow::Result<(
             };
             let queues = queues.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
             let sockets = queues.iter().map(duplicate).collect::<io::Result<Vec<_>>>()?;
-            relay_from(queues, &sockets, ledger, supervisor, log_filter)
+            relay_from(queues, &sockets, relaying, supervisor)
         }
         protocol::Ingress::AfPacket { ring, taken, classic } => {
             let socket = fds.next().context("the set-up came without a packet socket")?;
             let queue = PacketQueue::adopt(socket, ring, taken, classic);
             let queue = queue.context("the packet socket's ring cannot be mapped")?;
-            relay_from(vec![queue], &[], ledger, supervisor, log_filter)
+            relay_from(vec![queue], &[], relaying, supervisor)
         }
     }
 }
@@ -142,16 +153,15 @@ fn start(supervisor: &mut Supervisor, log_filter: LogFilter) -> anyhow::Result<(
 fn relay_from<I: Ingress>(
     queues: Vec<I>,
     sockets: &[OwnedFd],
-    ledger: Ledger,
+    relaying: Relaying,
     supervisor: &mut Supervisor,
-    log_filter: LogFilter,
 ) -> anyhow::Result<()> {
     let ring = Ring::new().context("io_uring cannot be set up")?;
     if let Err(error) = privileges::drop_all() {
         bail!("the worker cannot give up its capabilities: {error}");
     }
     supervisor.report(&Report::Ready, &sockets.iter().collect::<Vec<_>>())?;
-    EventLoop::new(queues, ledger, UringEgress::new(ring), log_filter).run(supervisor)
+    EventLoop::new(queues, relaying, UringEgress::new(ring)).run(supervisor)
 }
 
 /// A second descriptor of the queue's socket, to hand up.

@@ -69,7 +69,7 @@ impl Worker {
         let mut table = FlowTable::default();
         rules.into_iter().for_each(|rule| table.upsert(rule));
         let (ledger, _) = Ledger::create(Layout { queues: 1, rules: 16, outputs: 64 }).unwrap();
-        Self { table, batch: Batch::new(), ledger }
+        Self { table, batch: Batch::new(16), ledger }
     }
 
     /// Relays a batch; also answers which datagrams a rule wanted.

@@ -1,11 +1,17 @@
 //! The worker's io_uring: sends, readiness, timer and commands are completions of this one ring.
 
-use std::{io, os::fd::RawFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 /// Entries of the submission queue. A full queue is submitted, never overrun.
 const ENTRIES: u32 = 512;
+
+/// Sockets that are registered with the ring: sends on these take no reference on a file each.
+const FILES: u32 = 256;
 
 /// What a completion belongs to; carried in `user_data`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,9 +55,39 @@ pub struct Completion {
     pub result: i32,
 }
 
+/// A socket that is sent through, registered with the ring if there was room.
+#[derive(Debug)]
+pub struct Sender {
+    socket: OwnedFd,
+    place: Option<u32>,
+}
+
+/// How a send names its socket.
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    Registered(u32),
+    Plain(RawFd),
+}
+
+impl Sender {
+    pub fn target(&self) -> Target {
+        self.place.map_or(Target::Plain(self.socket.as_raw_fd()), Target::Registered)
+    }
+}
+
+impl AsRawFd for Sender {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
 /// An io_uring with one issuer.
 pub struct Ring {
     uring: IoUring,
+    /// Which places of the table of registered files are taken.
+    files: [bool; FILES as usize],
+    /// Calls of `io_uring_enter`.
+    enters: u64,
     /// Read by the kernel when the timer is submitted.
     period: Box<types::Timespec>,
 }
@@ -69,7 +105,40 @@ impl Ring {
             .setup_submit_all()
             .setup_cqsize(4 * ENTRIES)
             .build(ENTRIES)?;
-        Ok(Self { uring, period: Box::new(types::Timespec::new()) })
+        uring.submitter().register_files_sparse(FILES)?;
+        let period = Box::new(types::Timespec::new());
+        Ok(Self { uring, files: [false; FILES as usize], enters: 0, period })
+    }
+
+    /// Registers a socket to send through.
+    pub fn open(&mut self, socket: OwnedFd) -> Sender {
+        let free = self.files.iter().position(|taken| !taken);
+        let place = free.map(|place| place as u32).filter(|&place| {
+            self.uring.submitter().register_files_update(place, &[socket.as_raw_fd()]).is_ok()
+        });
+        if let Some(place) = place {
+            self.files[place as usize] = true;
+        }
+        Sender { socket, place }
+    }
+
+    /// Closes a socket that was sent through.
+    pub fn close(&mut self, sender: Sender) {
+        if let Some(place) = sender.place {
+            // A place that cannot be emptied keeps its socket open and is not used again.
+            let emptied = self.uring.submitter().register_files_update(place, &[-1]).is_ok();
+            self.files[place as usize] = !emptied;
+        }
+    }
+
+    /// How often the kernel was entered so far.
+    pub fn enters(&self) -> u64 {
+        self.enters
+    }
+
+    /// Whether the kernel has put off work, completions perhaps, until it is entered.
+    pub fn work_waits(&mut self) -> bool {
+        self.uring.submission().taskrun()
     }
 
     /// Queues an entry, submitting first if the queue is full.
@@ -95,10 +164,14 @@ impl Ring {
     pub unsafe fn push_send(
         &mut self,
         index: u32,
-        socket: RawFd,
+        socket: Target,
         message: *const libc::msghdr,
     ) -> io::Result<()> {
-        let entry = opcode::SendMsg::new(types::Fd(socket), message)
+        let send = match socket {
+            Target::Registered(place) => opcode::SendMsg::new(types::Fixed(place), message),
+            Target::Plain(fd) => opcode::SendMsg::new(types::Fd(fd), message),
+        };
+        let entry = send
             .flags(libc::MSG_DONTWAIT as u32)
             .build()
             .flags(squeue::Flags::SKIP_SUCCESS)
@@ -138,6 +211,7 @@ impl Ring {
         // Whatever is not taken now would be sent later, from memory that is no longer the send's.
         const ATTEMPTS: usize = 16;
         for _ in 0..ATTEMPTS {
+            self.enters += 1;
             match self.uring.submit_and_wait(want) {
                 Ok(_) if self.uring.submission().is_empty() => return Ok(()),
                 Ok(_) => {}
