@@ -283,7 +283,7 @@ impl UringEgress {
             return Settled::Counted;
         }
         if send.datagrams > 1 && refuses_runs(send.error) {
-            if send.error != libc::EMSGSIZE {
+            if send.error != libc::EMSGSIZE && !self.without_gso.contains(&send.output) {
                 let destination = std::net::Ipv4Addr::from(u32::from_be(send.address.sin_addr.s_addr));
                 warn!(%destination, errno = send.error, "the egress device takes no UDP_SEGMENT runs: sending one by one");
                 self.without_gso.push(send.output);

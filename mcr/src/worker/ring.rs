@@ -123,6 +123,7 @@ impl Ring {
     }
 
     /// Closes a socket that was sent through.
+    #[expect(clippy::needless_pass_by_value, reason = "a socket is closed once")]
     pub fn close(&mut self, sender: Sender) {
         if let Some(place) = sender.place {
             // A place that cannot be emptied keeps its socket open and is not used again.
