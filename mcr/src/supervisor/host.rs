@@ -98,6 +98,19 @@ pub fn limits() -> HostLimits {
     HostLimits { locked_bytes: (!unlimited).then_some(locked), memory_bytes, descriptors }
 }
 
+/// Datagrams that the kernel takes in one `UDP_SEGMENT` send (`UDP_MAX_SEGMENTS`): 64, and 128 from 6.9 on.
+pub fn max_run() -> u16 {
+    let release = nix::sys::utsname::uname().ok();
+    let release = release.and_then(|name| name.release().to_str().map(str::to_owned)).unwrap_or_default();
+    if version(&release) >= (6, 9) { 128 } else { 64 }
+}
+
+/// Major and minor number of a kernel release like `6.18.44-rc1`.
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
 /// `MemAvailable` of `/proc/meminfo`.
 fn available_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
@@ -208,6 +221,24 @@ pub fn check_cpus(asked: &[u32]) -> anyhow::Result<()> {
         Some(cpu) => {
             let allowed: Vec<_> = allowed.iter().map(u32::to_string).collect();
             bail!("CPU {cpu} is none that this process may use: choose from {}", allowed.join(","))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::version;
+
+    #[test]
+    fn reads_kernel_releases() {
+        for (release, expected) in [
+            ("6.18.44-fc", (6, 18)),
+            ("6.9", (6, 9)),
+            ("5.15.0-91-generic", (5, 15)),
+            ("7", (7, 0)),
+            ("", (0, 0)),
+        ] {
+            assert_eq!(version(release), expected, "{release}");
         }
     }
 }

@@ -105,6 +105,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         cpus,
         cpus_chosen: settings.cpus.is_some(),
         source_port: 0,
+        max_run: host::max_run(),
         host: host::limits(),
         no_bpf,
     };

@@ -38,9 +38,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A worker that lived this long starts anew with the first pause.
 const SETTLED: Duration = Duration::from_secs(30);
 
-/// Datagrams in one `UDP_SEGMENT` send; kernels before 6.9 take no more.
-const MAX_RUN: u16 = 64;
-
 /// What the daemon was started with, as far as it bears on decisions.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -52,6 +49,8 @@ pub struct Limits {
     /// The operator chose them: they are used whichever device is near.
     pub cpus_chosen: bool,
     pub source_port: u16,
+    /// Datagrams that this kernel takes in one `UDP_SEGMENT` send.
+    pub max_run: u16,
     pub host: HostLimits,
     /// Why no eBPF can be had here, if it cannot: AF_PACKET works without.
     pub no_bpf: Option<String>,
@@ -751,7 +750,7 @@ impl State {
                     Dscp::Fixed(dscp) => Some(dscp),
                     Dscp::Copy => None,
                 },
-                max_run: if output.gso { MAX_RUN } else { 1 },
+                max_run: if output.gso { self.limits.max_run } else { 1 },
             });
         }
         let key = ruleset::key(&entry.rule.input);

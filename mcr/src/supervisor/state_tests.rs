@@ -23,7 +23,16 @@ fn packet_worker(name: &str, index: u32) -> WorkerId {
 fn limits(max_rules: u32, workers: Option<u32>, cpus: &[u32]) -> Limits {
     let host = HostLimits { locked_bytes: None, memory_bytes: 1 << 32, descriptors: 1024 };
     let cpus = cpus.to_vec();
-    Limits { max_rules, workers, cpus, cpus_chosen: false, source_port: 4000, host, no_bpf: None }
+    Limits {
+        max_rules,
+        workers,
+        cpus,
+        cpus_chosen: false,
+        source_port: 4000,
+        max_run: 64,
+        host,
+        no_bpf: None,
+    }
 }
 
 /// `ethN` with index `10 + N` and the address 10.0.N.1, one queue.
