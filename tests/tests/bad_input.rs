@@ -219,6 +219,15 @@ fn an_interface_without_native_xdp_is_refused_where_af_xdp_was_asked_for() {
 }
 
 #[test]
+fn an_interface_without_ethernet_headers_is_refused() {
+    let site = Site::default();
+    site.relay.ip(&["tuntap add dev tun7 mode tun", "addr add 10.79.0.1/24 dev tun7", "link set tun7 up"]);
+    let relay = Relay::start(&site);
+    let call = ["rule", "add", "cam1", "--in", "239.1.1.1:5000@tun7", "--out", OUTPUT];
+    check(&relay, &call, &["tun7", "Ethernet"]);
+}
+
+#[test]
 fn wrong_usage_is_2() {
     for call in [
         &[][..],

@@ -133,3 +133,36 @@ fn a_stream_waits_for_its_only_worker_and_loses_what_that_held() {
     let gone = stats.outputs[0].dropped.get("worker_died").copied().unwrap_or(0) + lost(&interface);
     assert!(sent - numbers.len() as u64 <= gone, "{} of {sent}, {gone} accounted for", numbers.len());
 }
+
+#[test]
+fn a_ring_that_filled_while_its_worker_was_away_is_relayed_and_the_rest_counted() {
+    use tests::{Source, source::Stream};
+    let site = Site::build(Plan { ground: Ground::PlainVeth, ..Plan::default() });
+    let relay = Relay::start(&site);
+    let (group, to): (SocketAddrV4, SocketAddrV4) =
+        ("239.1.1.1:5000".parse().unwrap(), "239.2.2.2:6000".parse().unwrap());
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    site.segments[0].wait_until_joined(*group.ip());
+    let mut sink = site.capture(0);
+    // A few, so that the ring's start is no slot 0.
+    Source::play(site.source(), Stream { count: 700, ..Stream::to(group) });
+    relay.balanced("cam1", 700);
+    sink.exactly(to, 700);
+    let worker = relay.workers().remove(0);
+    let pid = Pid::from_raw(worker.pid.unwrap().cast_signed());
+    // Its ring holds some 8,200 frames; the worker holds none.
+    kill(pid, Signal::SIGSTOP).unwrap();
+    Source::play(site.source(), Stream { count: 10_000, rate: 20_000, size: 100, ..Stream::to(group) });
+    kill(pid, Signal::SIGKILL).unwrap();
+    let stats = relay.balanced("cam1", 10_700);
+    let interface = relay.interface("in0");
+    let full = interface.dropped.get("packet_ring_full").copied().unwrap_or(0);
+    assert!(full > 0 && interface.discarded.is_empty(), "{interface:?}");
+    assert_eq!(stats.received + full, 10_700, "{stats:?} {interface:?}");
+    // The first that came are the ones that had room, and it goes on at once.
+    Source::play(site.source(), Stream { count: 500, ..Stream::to(group) });
+    relay.balanced("cam1", 11_200);
+    let numbers: Vec<_> = sink.to(to).iter().map(tests::Captured::sequence).collect();
+    let waited = stats.received - 700;
+    assert!(numbers.iter().copied().eq((0..700).chain(0..waited).chain(0..500)), "out of order or missing");
+}

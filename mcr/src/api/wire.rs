@@ -165,7 +165,7 @@ pub struct RuleInfo {
     pub datapath: Option<String>,
     /// The datapath asked for.
     pub datapath_asked: String,
-    /// Why this datapath, and what of the rule's traffic the host itself still sees.
+    /// Why this datapath, and what of the rule's traffic the host itself still sees; empty while there is none.
     pub datapath_why: String,
     pub merge: bool,
     pub link_local: bool,
@@ -224,7 +224,7 @@ pub struct RuleStats {
     pub received_pps: f64,
     /// Absent until the first datagram.
     pub last_seen: Option<String>,
-    /// Before any output: `no_worker`, `loop`.
+    /// Before any output: `no_worker`, `loop`, `cut`.
     pub dropped: BTreeMap<String, u64>,
     pub outputs: Vec<OutputStats>,
 }

@@ -22,8 +22,8 @@ pub struct Args {
     /// Let generic XDP stand in for af-xdp on interfaces without native XDP: slower than af-packet
     #[arg(long)]
     generic_xdp: bool,
-    /// Workers per ingress interface [default: as many as it has RX queues, at most 4]
-    #[arg(long, value_name = "N")]
+    /// Workers per ingress interface, at most 256 [default: as many as it has RX queues, at most 4]
+    #[arg(long, value_name = "N", value_parser = parse_workers)]
     workers: Option<NonZeroU32>,
     /// CPUs that workers are pinned to, like 0-3,6
     #[arg(long, value_name = "LIST", value_parser = parse_list)]
@@ -83,6 +83,12 @@ impl From<Args> for Settings {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct CpuList(Vec<u32>);
 
+/// A fanout group takes no more sockets.
+fn parse_workers(text: &str) -> Result<NonZeroU32, String> {
+    let workers = text.parse().ok().filter(|workers: &NonZeroU32| workers.get() <= 256);
+    workers.ok_or_else(|| "write a number from 1 to 256".to_owned())
+}
+
 fn parse_list(text: &str) -> Result<CpuList, String> {
     parse_cpus(text).map(CpuList)
 }
@@ -139,6 +145,7 @@ mod tests {
         for line in [
             "--datapath fast",
             "--workers 0",
+            "--workers 257",
             "--busy-poll 1000001",
             "--cpus 3-1",
             "--cpus 0,,1",

@@ -9,7 +9,9 @@ use rtnetlink::{
     Handle, MulticastGroup,
     packet_route::{
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
-        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp, XdpAttached},
+        link::{
+            InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
+        },
     },
 };
 
@@ -27,6 +29,8 @@ pub struct Link {
     pub mtu: u32,
     /// IPv4 addresses, primary ones first.
     pub addresses: Vec<Ipv4Addr>,
+    /// Its frames have an Ethernet header.
+    pub ethernet: bool,
     /// What kind of device: `veth`, `bridge` ..., or the driver's name.
     pub kind: String,
     /// RX queues in use.
@@ -103,6 +107,7 @@ fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
         index: IfIndex(message.header.index),
         up: flags.contains(LinkFlags::Up) && flags.contains(LinkFlags::LowerUp),
         mtu: 0,
+        ethernet: matches!(message.header.link_layer_type, LinkLayerType::Ether | LinkLayerType::Loopback),
         addresses: Vec::new(),
         kind: String::new(),
         rx_queues: 1,

@@ -24,7 +24,7 @@ const FANOUT_UNIQUE_ID: u32 = 0x2000;
 const SO_ATTACH_BPF: i32 = 50;
 
 /// Room for frames longer than a slot.
-const LONG_FRAMES_BYTES: i32 = 8 * 1024 * 1024;
+const LONG_FRAMES_BYTES: i32 = 32 * 1024 * 1024;
 
 /// What a socket's kernel side has counted since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -59,7 +59,11 @@ impl Daemon {
             outputs,
             datapath: served.then(|| datapath.to_string()),
             datapath_asked: rule.datapath.to_string(),
-            datapath_why: self.explain(&rule.input.interface, datapath, rule.datapath),
+            datapath_why: if served {
+                self.explain(&rule.input.interface, datapath, rule.datapath)
+            } else {
+                String::new()
+            },
             merge: rule.merge,
             link_local: rule.link_local,
             health,
@@ -117,7 +121,7 @@ impl Daemon {
             received_pps: self.books.rule_rates.get(&entry.slot),
             last_seen: (totals.last_seen_ns > 0)
                 .then(|| timestamp(UNIX_EPOCH + Duration::from_nanos(totals.last_seen_ns))),
-            dropped: nonzero([("no_worker", totals.no_worker), ("loop", totals.looped)]),
+            dropped: nonzero([("no_worker", totals.no_worker), ("loop", totals.looped), ("cut", totals.cut)]),
             outputs: entry.outputs().map(|(output, slot)| self.output_stats(output, slot)).collect(),
         }
     }
@@ -154,7 +158,8 @@ impl Daemon {
             ]),
             discarded: nonzero([
                 ("no_rule", totals.no_rule),
-                ("refused", totals.refused.saturating_sub(totals.cut)),
+                ("refused", totals.refused),
+                // In datagrams these are the rules' drops.
                 ("cut", totals.cut),
                 ("worker_died", totals.held),
             ]),

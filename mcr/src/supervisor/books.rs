@@ -30,6 +30,7 @@ pub struct RuleTotals {
     pub matched: u64,
     pub no_worker: u64,
     pub looped: u64,
+    pub cut: u64,
     pub received: u64,
     pub received_bytes: u64,
     /// Nanoseconds since 1970, 0 for never.
@@ -181,6 +182,7 @@ impl Books {
             matched: raw.matched - base.matched,
             no_worker: raw.no_worker - base.no_worker,
             looped: raw.looped - base.looped,
+            cut: raw.cut - base.cut,
             received: raw.received - base.received,
             received_bytes: raw.received_bytes - base.received_bytes,
             last_seen_ns: if raw.last_seen_ns > base.last_seen_ns { raw.last_seen_ns } else { 0 },
@@ -199,10 +201,11 @@ impl Books {
             totals.received += counters.received.get();
             totals.received_bytes += counters.received_bytes.get();
             totals.looped += counters.looped.get();
+            totals.cut += counters.cut.get();
             totals.last_seen_ns = totals.last_seen_ns.max(counters.last_seen_ns.get());
         }
         if self.without_bpf {
-            totals.matched = totals.received + totals.looped;
+            totals.matched = totals.received + totals.looped + totals.cut;
         }
         totals
     }
@@ -339,7 +342,7 @@ impl Books {
     fn count_held(&self, ledger: &Ledger) {
         let counted_by_rules: u64 = (0..self.layout.rules)
             .map(|slot| ledger.rule(RuleSlot(slot)))
-            .map(|rule| rule.received.get() + rule.looped.get())
+            .map(|rule| rule.received.get() + rule.looped.get() + rule.cut.get())
             .sum();
         let mut received = 0;
         for queue in (0..self.layout.queues as usize).map(|index| ledger.queue(index)) {

@@ -29,7 +29,7 @@ use crate::{
         membership::Memberships,
         packet_socket::PacketSocket,
     },
-    rule::{Datapath, DatapathChoice, InterfaceName, QueueId},
+    rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule},
     ruleset::{Entry, OUTPUTS_PER_RULE},
     supervisor::{
         books::{Books, Programs},
@@ -68,8 +68,8 @@ pub struct Daemon {
     pub since: SystemTime,
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
     pub packet_sockets: BTreeMap<WorkerId, PacketIngress>,
-    /// Why `auto` takes AF_PACKET on interfaces, as far as it has been said.
-    fallbacks: BTreeMap<InterfaceName, String>,
+    /// Interfaces of which it has been said that `auto` takes AF_PACKET there.
+    fallbacks: BTreeSet<InterfaceName>,
     object: Object,
     memberships: Memberships,
     pins: PathBuf,
@@ -133,7 +133,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         since: SystemTime::now(),
         workers: BTreeMap::new(),
         packet_sockets: BTreeMap::new(),
-        fallbacks: BTreeMap::new(),
+        fallbacks: BTreeSet::new(),
         object,
         memberships: Memberships::default(),
         pins: namespace.pins.clone(),
@@ -161,15 +161,8 @@ fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<(
     let packet = limits.host.check(&budget::rings(workers, af_packet::ring(ETHERNET_MTU)), 0, 0);
     let xdp = af_xdp::chunk_bytes(ETHERNET_MTU)
         .map(|chunk| limits.host.check(&budget::umems(workers, chunk), 0, 0))?;
-    match (datapath, xdp) {
-        (Some(Datapath::AfXdp), xdp) => xdp?,
-        (None, Err(shortfall)) => {
-            packet?;
-            warn!("rules with --datapath auto go by af-packet: {shortfall}");
-        }
-        _ => packet?,
-    }
-    Ok(())
+    // What `auto` cannot have of one datapath it may have of the other, and says so where it matters.
+    Ok(if datapath == Some(Datapath::AfXdp) { xdp? } else { packet? })
 }
 
 fn source_port_refused(asked: Option<u16>) -> String {
@@ -352,21 +345,21 @@ impl Daemon {
         }
     }
 
-    /// Says once for each reason that `auto` takes AF_PACKET on an interface.
+    /// Says once that `auto` takes AF_PACKET on an interface, until it has taken AF_XDP there.
     fn warn_of_fallbacks(&mut self) {
         let by_auto = |entry: &&Entry| entry.rule.datapath == DatapathChoice(None);
         let rules = self.state.rules().iter().filter(by_auto).map(|entry| &entry.rule);
-        let fallen: BTreeSet<_> = rules
-            .filter(|rule| self.state.datapath_of(rule) == Datapath::AfPacket)
-            .map(|rule| rule.input.interface.clone())
-            .collect();
-        for interface in fallen {
-            let Some(why) = self.state.no_xdp(&interface).filter(|_| self.state.has_bpf()) else { continue };
-            if self.fallbacks.get(&interface) != Some(&why) {
-                warn!("rules with --datapath auto on {interface} go by af-packet: {why}");
-                self.fallbacks.insert(interface, why);
-            }
+        let served = |rule: &&Rule| self.state.serves(&rule.input.interface, Datapath::AfPacket);
+        let by_packet = |rule: &&Rule| self.state.datapath_of(rule) == Datapath::AfPacket;
+        let fallen: BTreeSet<_> =
+            rules.filter(by_packet).filter(served).map(|rule| rule.input.interface.clone()).collect();
+        for interface in fallen.difference(&self.fallbacks).filter(|_| self.state.has_bpf()) {
+            let why = self.state.no_xdp(interface).unwrap_or_default();
+            warn!("rules with --datapath auto on {interface} go by af-packet: {why}");
         }
+        let by_xdp = |name: &InterfaceName| self.state.serves(name, Datapath::AfXdp);
+        self.fallbacks.retain(|name| !by_xdp(name));
+        self.fallbacks.extend(fallen);
     }
 
     /// Carries out one effect.

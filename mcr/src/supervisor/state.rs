@@ -187,8 +187,14 @@ impl State {
         })
     }
 
-    /// Why XDP cannot be had on an interface, if that is known.
+    /// Why XDP cannot be had on an interface, if that is known: what the kernel said goes before what may change.
     pub fn no_xdp(&self, interface: &InterfaceName) -> Option<String> {
+        let refusal = self.xdp_refusals.get(interface).map(|refusal| refusal.why.clone());
+        refusal.or_else(|| self.xdp_objection(interface))
+    }
+
+    /// What speaks against XDP before the kernel is asked.
+    fn xdp_objection(&self, interface: &InterfaceName) -> Option<String> {
         if let Some(why) = &self.limits.no_bpf {
             return Some(why.clone());
         }
@@ -198,10 +204,8 @@ impl State {
             Err(error) => return Some(format!("{interface}: {error}")),
         };
         let demand = budget::umems(link.rx_queues, chunk_bytes);
-        if let Err(shortfall) = self.check_budget(interface, Datapath::AfXdp, &demand) {
-            return Some(format!("{interface}: {shortfall}"));
-        }
-        self.xdp_refusals.get(interface).map(|refusal| refusal.why.clone())
+        let shortfall = self.check_budget(interface, Datapath::AfXdp, &demand).err();
+        shortfall.map(|shortfall| format!("{interface}: {shortfall}"))
     }
 
     /// Whether XDP waits for somebody else's program to go, which nothing tells.
@@ -539,8 +543,8 @@ impl State {
             asked.entry(interface).or_default();
         }
         let demand = |(interface, asked): (&InterfaceName, BTreeSet<DatapathChoice>)| {
-            let link =
-                self.links.get(interface).filter(|_| !self.interface_failures.contains_key(interface))?;
+            let usable = |link: &&Link| link.ethernet && !self.interface_failures.contains_key(interface);
+            let link = self.links.get(interface).filter(usable)?;
             let xdp = self.prefers_xdp(interface);
             let mut datapaths: BTreeSet<_> =
                 asked.iter().map(|&asked| datapath::choose(asked, xdp)).collect();
@@ -585,14 +589,8 @@ impl State {
 
     /// Whether nothing speaks against attaching the XDP program.
     fn may_attach(&self, interface: &InterfaceName) -> bool {
-        match self.xdp_refusals.get(interface) {
-            Some(refusal) if refusal.stale => {
-                // All that is known against it is the refusal.
-                self.no_xdp(interface).as_ref() == Some(&refusal.why)
-            }
-            Some(_) => false,
-            None => self.no_xdp(interface).is_none(),
-        }
+        let refused = self.xdp_refusals.get(interface).is_some_and(|refusal| !refusal.stale);
+        !refused && self.xdp_objection(interface).is_none()
     }
 
     /// The packet sockets of an interface: those that there are, or those that there are to be.
@@ -817,18 +815,24 @@ impl State {
                 let moves = former
                     .is_some_and(|former| relays(former.action) && former.action != value.action)
                     && relays(value.action);
-                let ready = || {
-                    let mut workers = self.actual.workers.iter();
-                    let action = |id: &WorkerId| relaying_action(id.datapath);
-                    workers.any(|(id, running)| {
-                        id.interface == *interface && action(id) == value.action && running.steered
-                    })
-                };
+                let ready = || self.all_relay(interface, value.action, RuleSlot(value.rule));
                 if former != Some(&value) && (!moves || ready()) {
                     effects.push(Effect::SetFlow { interface: interface.clone(), key, value });
                 }
             }
         }
+    }
+
+    /// Whether every worker that gets flows of this action relays a rule.
+    fn all_relay(&self, interface: &InterfaceName, action: u32, slot: RuleSlot) -> bool {
+        let its = |id: &&WorkerId| id.interface == *interface && relaying_action(id.datapath) == action;
+        let waits = self.mishaps.iter().any(|(id, mishaps)| its(&id) && mishaps.waiting);
+        let relays = |id: &WorkerId| {
+            let running = &self.actual.workers[id];
+            running.steered && !running.failed && running.rules.contains_key(&slot)
+        };
+        let mut workers = self.actual.workers.keys().filter(its).peekable();
+        workers.peek().is_some() && !waits && workers.all(relays)
     }
 
     /// Takes note of what has been done.
@@ -939,6 +943,13 @@ impl State {
         let Some(link) = self.links.get(interface) else {
             return Some((Problem::Waits, format!("interface {interface} does not exist")));
         };
+        if !link.ethernet {
+            let why = format!(
+                "the frames of {interface} ({}) have no Ethernet header: relay from another interface",
+                link.kind
+            );
+            return Some((Problem::Failed, why));
+        }
         let failed = self.interface_failures.get(interface).cloned().or_else(|| match datapath {
             Datapath::AfPacket => self.fanout_failures.get(interface).cloned(),
             _ => self.no_xdp(interface).map(|why| format!("{why}; --datapath auto takes af-packet there")),

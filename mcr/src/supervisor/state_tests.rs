@@ -41,6 +41,7 @@ fn link(n: u8) -> (InterfaceName, Link) {
         index: IfIndex(10 + u32::from(n)),
         up: true,
         mtu: 1500,
+        ethernet: true,
         addresses: vec![Ipv4Addr::new(10, 0, n, 1)],
         kind: "veth".to_owned(),
         rx_queues: 1,
@@ -1137,6 +1138,32 @@ fn a_rule_keeps_its_datapath_until_the_other_can_relay() {
     supervisor.restart(&worker("eth0", 0));
     supervisor.check_settled();
     assert_eq!(supervisor.world.flows[&interface("eth0")].values().next().unwrap().action, action::STEER);
+}
+
+#[test]
+fn a_rule_moves_only_to_workers_that_all_relay() {
+    let mut supervisor = Supervisor::with(limits(8, Some(2), &[0, 1]));
+    supervisor.links(links(0..4));
+    supervisor.change("eth0", |link| link.rx_queues = 2);
+    supervisor.add(cam_by("af-packet"));
+    supervisor.add(rule("mic", "239.1.1.2:5000@eth0", &["239.2.2.2:7000@eth1"]));
+    supervisor.exit(&worker("eth0", 1), SHORT);
+    let amendment = Amendment { datapath: Some("af-xdp".parse().unwrap()), ..Amendment::default() };
+    supervisor.state.amend("cam", amendment).unwrap();
+    let done = supervisor.settle();
+    assert!(done.iter().all(|line| !line.starts_with("set")), "{done:?}");
+    let done = supervisor.restart(&worker("eth0", 1));
+    assert!(done.contains(&"set eth0 *,239.1.1.1:5000 steer rule 0".to_owned()), "{done:?}");
+    supervisor.check_settled();
+}
+
+#[test]
+fn an_interface_without_ethernet_headers_is_refused() {
+    let mut supervisor = Supervisor::serving(&[]);
+    supervisor.change("eth0", |link| (link.ethernet, link.kind) = (false, "tun".to_owned()));
+    did(&supervisor.add(cam()), &[]);
+    let (problem, why) = supervisor.problem("cam").unwrap();
+    assert!(problem == Problem::Failed && why.contains("eth0 (tun) have no Ethernet header"), "{why}");
 }
 
 #[test]

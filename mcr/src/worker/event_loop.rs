@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::Range,
     time::{Duration, Instant},
 };
 
@@ -111,7 +112,7 @@ impl<I: Ingress> EventLoop<I> {
         let Self { queues, table, batch, ledger, egress, .. } = self;
         let socket = &mut queues[index].socket;
         let counters = ledger.queue(index);
-        let frames = socket.receive(counters);
+        let frames = socket.receive();
         if frames == 0 {
             return Ok(false);
         }
@@ -120,8 +121,8 @@ impl<I: Ingress> EventLoop<I> {
         // Frames of one stream come in a row.
         let mut last: Option<(Datagram, Flow)> = None;
         for frame in (0..frames).map(|index| socket.frame(index)) {
-            let Some((Frame { bytes, segment }, datagram)) =
-                frame.and_then(|frame| Some((frame, parse(&frame.bytes).ok()?)))
+            let Some((Frame { bytes, segment, .. }, datagram)) =
+                frame.and_then(|frame| Some((frame, parse(&frame).ok()?)))
             else {
                 counters.refused.add(1);
                 continue;
@@ -137,14 +138,21 @@ impl<I: Ingress> EventLoop<I> {
                     flow
                 }
             };
-            let payload = &bytes[PAYLOAD_OFFSET..PAYLOAD_OFFSET + usize::from(datagram.payload_len)];
-            let segments = segments(payload, segment);
-            counters.segments.add(segments.len() as u64 - 1);
+            let payload_len = usize::from(datagram.payload_len);
+            let datagrams = segments(payload_len, segment);
+            counters.segments.add(datagrams.len() as u64 - 1);
             if flow.looped {
-                ledger.rule(RuleSlot(flow.slot)).looped.add(segments.len() as u64);
+                ledger.rule(RuleSlot(flow.slot)).looped.add(datagrams.len() as u64);
                 continue;
             }
-            for payload in segments {
+            let Some(payload) = bytes.get(PAYLOAD_OFFSET..PAYLOAD_OFFSET + payload_len) else {
+                counters.cut.add(1);
+                ledger.rule(RuleSlot(flow.slot)).cut.add(datagrams.len() as u64);
+                continue;
+            };
+            for part in datagrams {
+                let part = &payload[part];
+                let payload = iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
                 if batch.is_full() {
                     send(batch, table, ledger, egress)?;
                 }
@@ -294,14 +302,11 @@ fn send(batch: &mut Batch, table: &FlowTable, ledger: &Ledger, egress: &mut Urin
     Ok(())
 }
 
-/// The payloads of a frame's datagrams, each `segment` bytes long but the last; 0 for one datagram.
-fn segments(payload: &[u8], segment: usize) -> impl ExactSizeIterator<Item = iovec> + '_ {
-    let len = if segment == 0 { payload.len() } else { segment }.max(1);
-    let count = payload.len().div_ceil(len).max(1);
-    (0..count).map(move |index| {
-        let part = &payload[index * len..payload.len().min((index + 1) * len)];
-        iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() }
-    })
+/// Where the payloads of a frame's datagrams lie, each `segment` bytes long but the last; 0 for one datagram.
+fn segments(payload_len: usize, segment: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
+    let len = if segment == 0 { payload_len } else { segment }.max(1);
+    let count = payload_len.div_ceil(len).max(1);
+    (0..count).map(move |index| index * len..payload_len.min((index + 1) * len))
 }
 
 /// Wall clock of a batch, coarse: it costs no system call and is exact to a few milliseconds.

@@ -110,7 +110,8 @@ pub struct QueueLedger {
     pub no_rule: Counter,
     /// Of the received: the parser refused them.
     pub refused: Counter,
-    /// Of the received: longer than a ring's slot, and the socket had no room for the whole.
+    /// Of the received: longer than a ring's slot, and the socket had no room for the whole. In datagrams they
+    /// are with their rules.
     pub cut: Counter,
     /// Of the received: in the hands of a worker that died, before any rule had counted them.
     pub held: Counter,
@@ -133,6 +134,8 @@ pub struct RuleLedger {
     pub received_bytes: Counter,
     /// Sent by this relay itself, where it is the worker that bars loops.
     pub looped: Counter,
+    /// Of frames that were longer than a ring's slot, where the socket had no room for the whole.
+    pub cut: Counter,
     /// When the last batch with a datagram of the rule came in: nanoseconds since 1970, 0 for never.
     pub last_seen_ns: Counter,
 }

@@ -71,7 +71,9 @@ pub fn show(answer: &RuleShow, width: u16) -> String {
         rows.push(row(if index == 0 { "out" } else { "" }, format!("{}  {state}", output.to)));
     }
     rows.push(row("datapath", datapath(rule)));
-    rows.push(row("why", rule.datapath_why.clone()));
+    if !rule.datapath_why.is_empty() {
+        rows.push(row("why", rule.datapath_why.clone()));
+    }
     rows.push(row("origin", rule.origin.clone()));
     for (set, option) in [(rule.merge, "merge"), (rule.link_local, "link-local")] {
         if set {

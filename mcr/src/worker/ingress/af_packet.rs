@@ -7,14 +7,13 @@
 use std::{
     io,
     os::fd::{AsRawFd, OwnedFd, RawFd},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU8, AtomicU32, Ordering},
 };
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::worker::{
     ingress::{Frame, Ingress, classic_filter},
-    ledger::QueueLedger,
     protocol::PacketRing,
     relay::{BATCH, FlowTable},
 };
@@ -27,6 +26,9 @@ const LONGEST_FRAME: usize = 65_535 + 18;
 
 /// `VIRTIO_NET_HDR_GSO_UDP_L4`: UDP datagrams of one size, the last perhaps shorter, under one header.
 const GSO_UDP_L4: u8 = 5;
+
+/// The mark of a slot that a worker has taken.
+const TAKEN: u8 = 1;
 
 /// The ingress of one packet socket.
 #[derive(Debug)]
@@ -59,13 +61,15 @@ impl PacketQueue {
     }
 
     /// Gives back the slots that a former worker took and died with.
+    ///
+    /// They lie before the next and bear its mark; where the ring has filled since, frames that came later
+    /// lie there too, and are left for their turn.
     fn release_former_batch(&mut self) {
-        for back in 1..=BATCH.min(self.ring.slots() as usize - 1) {
+        for back in (1..=BATCH.min(self.ring.slots() as usize - 1)).rev() {
             let slot = self.before_next(back);
-            if !self.is_ours(slot) {
-                break;
+            if self.is_ours(slot) && self.mark(slot).load(Ordering::Relaxed) == TAKEN {
+                self.status(slot).store(libc::TP_STATUS_KERNEL, Ordering::Release);
             }
-            self.status(slot).store(libc::TP_STATUS_KERNEL, Ordering::Release);
         }
     }
 
@@ -92,6 +96,15 @@ impl PacketQueue {
         unsafe { &*self.slot(slot).cast::<AtomicU32>() }
     }
 
+    /// Where a worker marks a slot that it has taken: `tp_padding`, which the kernel clears with each frame
+    /// that it puts there.
+    fn mark(&self, slot: u32) -> &AtomicU8 {
+        const PADDING: usize = std::mem::offset_of!(libc::tpacket2_hdr, tp_padding);
+        // SAFETY: within the header at the slot's start, which is mapped as long as the queue lives; a byte
+        // needs no alignment, and whoever has the slot alone writes it.
+        unsafe { &*self.slot(slot).add(PADDING).cast::<AtomicU8>() }
+    }
+
     fn is_ours(&self, slot: u32) -> bool {
         self.status(slot).load(Ordering::Acquire) & libc::TP_STATUS_USER != 0
     }
@@ -112,19 +125,19 @@ impl PacketQueue {
 }
 
 impl Ingress for PacketQueue {
-    fn receive(&mut self, ledger: &QueueLedger) -> usize {
+    fn receive(&mut self) -> usize {
         debug_assert_eq!(self.taken, 0, "slots of the last batch were not given back");
         self.long_len = None;
         let most = BATCH.min(self.ring.slots() as usize);
         while self.taken < most && self.is_ours(self.next) {
             let header = self.header(self.next);
+            self.mark(self.next).store(TAKEN, Ordering::Relaxed);
             self.next = (self.next + 1) % self.ring.slots();
             self.taken += 1;
             if header.tp_snaplen < header.tp_len {
+                // There is room for one long frame.
                 let copied = header.tp_status & libc::TP_STATUS_COPY != 0;
                 self.long_len = copied.then(|| self.receive_long()).flatten();
-                ledger.cut.add(u64::from(self.long_len.is_none()));
-                // There is room for one long frame.
                 break;
             }
         }
@@ -134,19 +147,25 @@ impl Ingress for PacketQueue {
     fn frame(&self, index: usize) -> Option<Frame<'_>> {
         let slot = self.before_next(self.taken - index);
         let header = self.header(slot);
-        if header.tp_snaplen < header.tp_len {
-            let long = self.long.get(..self.long_len?)?;
-            return Some(frame(long.split_at_checked(VNET_HEADER)?));
-        }
-        let (start, len) = (usize::from(header.tp_mac), header.tp_snaplen as usize);
-        let begins = start.checked_sub(VNET_HEADER)?;
-        if begins < size_of::<libc::tpacket2_hdr>() || start + len > self.ring.slot_bytes as usize {
-            return None;
-        }
-        // SAFETY: header and frame lie within the slot as just checked, and the slot is the batch's: the
-        // kernel does not touch it until its status is given back, which takes the queue by `&mut`.
-        let bytes = unsafe { std::slice::from_raw_parts(self.slot(slot).add(begins), VNET_HEADER + len) };
-        Some(frame(bytes.split_at_checked(VNET_HEADER)?))
+        let long = self.long_len.filter(|_| header.tp_snaplen < header.tp_len);
+        let bytes = if let Some(len) = long {
+            self.long.get(..len)?
+        } else {
+            let (start, len) = (usize::from(header.tp_mac), header.tp_snaplen as usize);
+            let begins = start.checked_sub(VNET_HEADER)?;
+            if begins < size_of::<libc::tpacket2_hdr>() || start + len > self.ring.slot_bytes as usize {
+                return None;
+            }
+            // SAFETY: header and frame lie within the slot as just checked, and the slot is the batch's:
+            // the kernel does not touch it until its status is given back, which takes the queue by `&mut`.
+            unsafe { std::slice::from_raw_parts(self.slot(slot).add(begins), VNET_HEADER + len) }
+        };
+        let (virtio, bytes) = bytes.split_at_checked(VNET_HEADER)?;
+        // In this machine's byte order.
+        let segment = u16::from_ne_bytes([virtio[4], virtio[5]]);
+        let segment = if virtio[1] == GSO_UDP_L4 { segment.into() } else { 0 };
+        let len = if long.is_some() { bytes.len() } else { header.tp_len as usize };
+        Some(Frame { bytes, len, segment })
     }
 
     fn recycle(&mut self) {
@@ -163,11 +182,4 @@ impl Ingress for PacketQueue {
     fn follow(&mut self, table: &FlowTable) -> io::Result<()> {
         if self.classic { classic_filter::attach(&self.socket, table.destinations()) } else { Ok(()) }
     }
-}
-
-/// A frame behind its virtio header, which is in this machine's byte order.
-fn frame<'a>((header, bytes): (&'a [u8], &'a [u8])) -> Frame<'a> {
-    let segments = header[1] == GSO_UDP_L4;
-    let segment = if segments { usize::from(u16::from_ne_bytes([header[4], header[5]])) } else { 0 };
-    Frame { bytes, segment }
 }

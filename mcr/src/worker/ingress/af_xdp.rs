@@ -144,7 +144,7 @@ impl AfXdpQueue {
 }
 
 impl Ingress for AfXdpQueue {
-    fn receive(&mut self, _ledger: &QueueLedger) -> usize {
+    fn receive(&mut self) -> usize {
         debug_assert_eq!(self.taken, 0, "frames of the last batch were not given back");
         // SAFETY: the descriptors are written by the kernel for frames of this queue's UMEM.
         self.taken = unsafe { self.rx.consume(&mut self.batch) };
@@ -164,7 +164,7 @@ impl Ingress for AfXdpQueue {
         let data = unsafe { self.umem.data(descriptor) };
         let (start, len) = (data.contents().as_ptr(), data.contents().len());
         // SAFETY: as above; the slice lives as long as the borrow of the queue, not of the wrapper.
-        Some(Frame { bytes: unsafe { std::slice::from_raw_parts(start, len) }, segment: 0 })
+        Some(Frame { bytes: unsafe { std::slice::from_raw_parts(start, len) }, len, segment: 0 })
     }
 
     fn recycle(&mut self) {

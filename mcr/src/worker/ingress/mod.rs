@@ -6,15 +6,31 @@ mod classic_filter;
 
 use std::{io, os::fd::RawFd};
 
+use mcr_common::parse::Bytes;
+
 use crate::worker::{ledger::QueueLedger, relay::FlowTable};
 
 /// A frame in a socket's memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame<'a> {
-    /// From the Ethernet header on.
+    /// From the Ethernet header on, as far as they are there.
     pub bytes: &'a [u8],
+    /// How long the frame was on the wire.
+    pub len: usize,
     /// Payload bytes of each datagram but the last where the frame holds several (GSO); 0 if it is one.
     pub segment: usize,
+}
+
+impl Bytes for Frame<'_> {
+    #[inline]
+    fn reaches(&self, len: usize) -> bool {
+        len <= self.len
+    }
+
+    #[inline]
+    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.bytes.at(offset)
+    }
 }
 
 /// A socket with its frames, each of which is at all times with the kernel or in the batch that was
@@ -22,7 +38,7 @@ pub struct Frame<'a> {
 pub trait Ingress {
     /// Takes what waits, [`BATCH`](super::relay::BATCH) frames at most, after the last batch was given
     /// back; answers how many there are.
-    fn receive(&mut self, ledger: &QueueLedger) -> usize;
+    fn receive(&mut self) -> usize;
 
     /// A frame of the batch, or `None` if the kernel's word for it does not hold.
     fn frame(&self, index: usize) -> Option<Frame<'_>>;
