@@ -162,7 +162,12 @@ fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<(
     let xdp = af_xdp::chunk_bytes(ETHERNET_MTU)
         .map(|chunk| limits.host.check(&budget::umems(workers, chunk), 0, 0))?;
     // What `auto` cannot have of one datapath it may have of the other, and says so where it matters.
-    Ok(if datapath == Some(Datapath::AfXdp) { xdp? } else { packet? })
+    if datapath == Some(Datapath::AfXdp) {
+        xdp?
+    } else {
+        packet?
+    }
+    Ok(())
 }
 
 fn source_port_refused(asked: Option<u16>) -> String {
