@@ -163,9 +163,9 @@ fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<(
         .map(|chunk| limits.host.check(&budget::umems(workers, chunk), 0, 0))?;
     // What `auto` cannot have of one datapath it may have of the other, and says so where it matters.
     if datapath == Some(Datapath::AfXdp) {
-        xdp?
+        xdp?;
     } else {
-        packet?
+        packet?;
     }
     Ok(())
 }
