@@ -200,10 +200,14 @@ impl Segment {
     }
 
     fn wait_until_snooping(&self, relay: &Namespace) {
-        wait_until("the bridge's ports forward", PATIENCE, || {
-            let links = self.bridge.json("bridge", &["-j", "link", "show"]);
-            let ports = links.as_array().map_or(&[][..], Vec::as_slice);
-            ports.len() == 2 && ports.iter().all(|port| port["state"] == "forwarding")
+        wait_until("every bridge's ports forward", PATIENCE, || {
+            let forwarding = |host: &Namespace, least: usize| {
+                let links = host.json("bridge", &["-j", "link", "show"]);
+                let ports = links.as_array().map_or(&[][..], Vec::as_slice);
+                ports.len() >= least && ports.iter().all(|port| port["state"] == "forwarding")
+            };
+            // The relay host has one of its own on some grounds.
+            forwarding(&self.bridge, 2) && forwarding(relay, 0)
         });
         let membership = Membership::join(relay, &self.interface, *PROBE.ip());
         self.wait_until_joined(*PROBE.ip());
