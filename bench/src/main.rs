@@ -1,0 +1,71 @@
+//! How fast mcr is, and against what: `cargo xtask bench`.
+//!
+//! Everything happens in network namespaces that the bench makes itself, and is gone afterwards.
+
+mod bench;
+mod cases;
+mod cpu;
+mod daemon;
+mod figures;
+mod generator;
+mod losses;
+mod programs;
+mod report;
+mod sink;
+mod site;
+mod systems;
+mod traffic;
+
+use std::{env, fs, path::PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Parser, ValueEnum as _};
+
+use crate::{bench::Bench, cases::Case, figures::Figures, report::Machine};
+
+/// Measure mcr's datapaths, what one would take instead, and the ceiling, in one run
+#[derive(Debug, Parser)]
+#[command(max_term_width = 100)]
+struct Args {
+    /// What to measure [default: everything]
+    case: Vec<Case>,
+    /// Everything shorter and once: two minutes in all
+    #[arg(long)]
+    quick: bool,
+    /// The binary to measure [default: mcr beside this one]
+    #[arg(long, value_name = "FILE")]
+    mcr: Option<PathBuf>,
+    /// Where results.json and the plots go [default: bench in the folder of cargo's output]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    ensure!(nix::unistd::geteuid().is_root(), "namespaces need root: run `cargo xtask bench`");
+    cpu::ensure_enough()?;
+    let exe = env::current_exe().context("the bench's own path")?;
+    let beside = exe.parent().context("the bench's own folder")?;
+    let mcr = args.mcr.unwrap_or_else(|| beside.join("mcr"));
+    ensure!(mcr.exists(), "{} is missing: `cargo build --release -p mcr` makes it", mcr.display());
+    let output = args.output.unwrap_or_else(|| beside.join("../bench"));
+    fs::create_dir_all(&output).with_context(|| output.display().to_string())?;
+
+    let cases = if args.case.is_empty() { Case::value_variants() } else { &args.case };
+    let bench = Bench::new(mcr, args.quick)?;
+    let machine = Machine::this(args.quick);
+    let Machine { kernel, cpu, cpus, date, commit, .. } = &machine;
+    bench.say(&format!("mcr {commit}, Linux {kernel}, {cpu}, {cpus} CPUs, {date}"));
+    let mut figures = Figures::default();
+    for &case in cases {
+        let name = case.to_possible_value().context("a case has a name")?;
+        let name = name.get_name();
+        case.run(&bench, &mut figures).with_context(|| format!("case {name}"))?;
+        bench.say(&format!("\n{}", report::table(name, &figures)));
+        // What is there is kept, whatever becomes of the next case.
+        report::write_json(&output, &machine, &figures)?;
+    }
+    bench.done();
+    println!("results: {}", output.join("results.json").display());
+    Ok(())
+}
