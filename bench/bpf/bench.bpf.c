@@ -46,7 +46,7 @@ const volatile u32 destination_port = 0;
 const volatile u32 payload_bytes = 0;
 const volatile u32 streams = 1;
 
-// One thread runs the generator: no two write at a time.
+// One CPU runs the generator, with softirqs off: no two write at a time.
 struct generator {
     u64 sent;
     u64 next;

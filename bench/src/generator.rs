@@ -21,8 +21,11 @@ use crate::{
     site::{SOURCE, SOURCE_ADDRESS, Site},
 };
 
-/// A call costs some milliseconds of its own; and it is to end soon after it is asked to.
+/// It is to end soon after it is asked to.
 const FRAMES_A_CALL: u32 = 250_000;
+/// Each call sleeps some 20 ms at its end, for the kernel's RCU: meanwhile another thread sends. On one CPU, where
+/// softirqs are off while the program runs, no two write its state at a time.
+const THREADS: usize = 2;
 /// Ethernet, IPv4 and UDP.
 const HEADER_BYTES: usize = 42;
 
@@ -82,22 +85,28 @@ pub fn send_while<T>(site: &Site, load: &Load, job: impl FnOnce(&Offered) -> Res
     let frame = vec![0u8; HEADER_BYTES + usize::from(load.payload)];
     let stop = AtomicBool::new(false);
     let answer = thread::scope(|scope| {
-        // Also if the job panics: the scope waits for the thread.
+        // Also if the job panics: the scope waits for the threads.
         let stopper = Stopper(&stop);
-        let sender = scope.spawn(|| {
-            site.source.run(|| {
-                cpu::pin(SOURCE_CPU)?;
-                while !stop.load(Ordering::Relaxed) {
-                    test_run(program.as_fd(), &frame)?;
-                }
-                Ok::<_, anyhow::Error>(())
+        let senders: Vec<_> = (0..THREADS)
+            .map(|_| {
+                scope.spawn(|| {
+                    site.source.run(|| {
+                        cpu::pin(SOURCE_CPU)?;
+                        while !stop.load(Ordering::Relaxed) {
+                            test_run(program.as_fd(), &frame)?;
+                        }
+                        Ok::<_, anyhow::Error>(())
+                    })
+                })
             })
-        });
+            .collect();
         let answer = job(&offered);
         drop(stopper);
-        let sent = sender.join().map_err(|_| anyhow!("the generator's thread panicked"))?;
-        // If nothing was sent, that is why nothing arrived.
-        sent.and(answer)
+        for sender in senders {
+            // If nothing was sent, that is why nothing arrived.
+            sender.join().map_err(|_| anyhow!("the generator's thread panicked"))??;
+        }
+        answer
     })?;
     Ok((answer, offered.frames()?))
 }

@@ -9,14 +9,16 @@ mod daemon;
 mod figures;
 mod generator;
 mod losses;
+mod plots;
 mod programs;
 mod report;
 mod sink;
 mod site;
 mod systems;
+mod targets;
 mod traffic;
 
-use std::{env, fs, path::PathBuf};
+use std::{env, fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum as _};
@@ -53,9 +55,15 @@ fn main() -> Result<()> {
 
     let cases = if args.case.is_empty() { Case::value_variants() } else { &args.case };
     let bench = Bench::new(mcr, args.quick)?;
-    let machine = Machine::this(args.quick);
-    let Machine { kernel, cpu, cpus, date, commit, .. } = &machine;
+    let machine = Machine::this(args.quick, others_busy(&bench)?);
+    let Machine { kernel, cpu, cpus, date, commit, others_busy, .. } = &machine;
     bench.say(&format!("mcr {commit}, Linux {kernel}, {cpu}, {cpus} CPUs, {date}"));
+    if *others_busy > QUIET {
+        bench.say(&format!(
+            "others keep {others_busy:.1} CPUs busy: let the machine rest for figures that hold"
+        ));
+    }
+    cpu::go_first();
     let mut figures = Figures::default();
     for &case in cases {
         let name = case.to_possible_value().context("a case has a name")?;
@@ -66,6 +74,21 @@ fn main() -> Result<()> {
         report::write_json(&output, &machine, &figures)?;
     }
     bench.done();
+    plots::write(&output, &figures)?;
+    if let Some(targets) = report::targets(&figures) {
+        println!("\n{targets}\n");
+    }
     println!("results: {}", output.join("results.json").display());
     Ok(())
+}
+
+/// CPUs that others may use without a word.
+const QUIET: f64 = 0.1;
+
+/// CPUs that are busy while the bench does nothing.
+fn others_busy(bench: &Bench) -> Result<f64> {
+    const LOOK: Duration = Duration::from_millis(500);
+    let before = cpu::busy()?;
+    bench.pause(LOOK)?;
+    Ok(cpu::busy()?.saturating_sub(before).as_secs_f64() / LOOK.as_secs_f64())
 }

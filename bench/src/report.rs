@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::{
     figures::{DELIVERED, Figure, Figures, Subject, Unit},
     systems::System,
+    targets::{self, Finding, Judgement},
 };
 
 /// What the figures hold for.
@@ -21,10 +22,12 @@ pub struct Machine {
     pub date: String,
     pub commit: String,
     pub quick: bool,
+    /// CPUs of two that others kept busy before anything was measured.
+    pub others_busy: f64,
 }
 
 impl Machine {
-    pub fn this(quick: bool) -> Self {
+    pub fn this(quick: bool, others_busy: f64) -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let cpu_info = read("/proc/cpuinfo");
         let model = cpu_info.lines().find(|line| line.starts_with("model name"));
@@ -35,6 +38,7 @@ impl Machine {
             date: wire::timestamp(SystemTime::now()),
             commit: commit().unwrap_or_default(),
             quick,
+            others_busy,
         }
     }
 }
@@ -56,10 +60,11 @@ struct Results<'a> {
     machine: &'a Machine,
     #[serde(flatten)]
     figures: &'a Figures,
+    targets: Vec<Judgement>,
 }
 
 pub fn write_json(folder: &Path, machine: &Machine, figures: &Figures) -> Result<()> {
-    let results = Results { schema: 1, machine, figures };
+    let results = Results { schema: 1, machine, figures, targets: targets::judge(figures) };
     let path = folder.join("results.json");
     let json = serde_json::to_string_pretty(&results)? + "\n";
     fs::write(&path, json).with_context(|| path.display().to_string())
@@ -102,6 +107,25 @@ pub fn table(case: &str, figures: &Figures) -> String {
         cells
     });
     aligned(header, cells.collect(), 2)
+}
+
+/// The targets that this run has figures for; none if there are none.
+pub fn targets(figures: &Figures) -> Option<String> {
+    let judged = targets::judge(figures);
+    let cells = |finding: Option<&Finding>| {
+        let met = |met| if met { "met" } else { "NOT MET" };
+        finding.map_or([const { String::new() }; 3], |Finding { promised, found, met: is_met }| {
+            [promised.clone(), found.clone(), met(*is_met).to_owned()]
+        })
+    };
+    let rows = judged.iter().map(|Judgement { what, must, aim }| {
+        let mut row = vec![(*what).to_owned()];
+        row.extend(cells(must.as_ref()));
+        row.extend(cells(aim.as_ref()));
+        row
+    });
+    let header = ["TARGET", "MUST", "FOUND", "", "AIM", "FOUND", ""].map(str::to_owned);
+    (!judged.is_empty()).then(|| aligned(header.to_vec(), rows.collect(), 1))
 }
 
 /// A table without borders; columns from `right` on are numbers.
