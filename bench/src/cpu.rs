@@ -26,14 +26,6 @@ pub fn pin(cpu: usize) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("pin to CPU {cpu}"))
 }
 
-/// Has the bench and all that it starts run before what else the machine does; without the privilege nothing
-/// changes.
-pub fn go_first() {
-    const FIRST: libc::c_int = -20;
-    // SAFETY: no pointers; 0 is the calling process.
-    let _without = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, FIRST) };
-}
-
 /// Time that both CPUs together were busy since the machine started.
 pub fn busy() -> Result<Duration> {
     let text = fs::read_to_string("/proc/stat").context("/proc/stat")?;

@@ -18,7 +18,7 @@ mod systems;
 mod targets;
 mod traffic;
 
-use std::{env, fs, path::PathBuf, time::Duration};
+use std::{env, fs, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum as _};
@@ -42,8 +42,17 @@ struct Args {
     output: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "namespaces need root: run `cargo xtask bench`");
     cpu::ensure_enough()?;
     let exe = env::current_exe().context("the bench's own path")?;
@@ -52,6 +61,7 @@ fn main() -> Result<()> {
     ensure!(mcr.exists(), "{} is missing: `cargo build --release -p mcr` makes it", mcr.display());
     let output = args.output.unwrap_or_else(|| beside.join("../bench"));
     fs::create_dir_all(&output).with_context(|| output.display().to_string())?;
+    let output = output.canonicalize()?;
 
     let cases = if args.case.is_empty() { Case::value_variants() } else { &args.case };
     let bench = Bench::new(mcr, args.quick)?;
@@ -63,15 +73,13 @@ fn main() -> Result<()> {
             "others keep {others_busy:.1} CPUs busy: let the machine rest for figures that hold"
         ));
     }
-    cpu::go_first();
     let mut figures = Figures::default();
     for &case in cases {
-        let name = case.to_possible_value().context("a case has a name")?;
-        let name = name.get_name();
+        let name = case.name();
         case.run(&bench, &mut figures).with_context(|| format!("case {name}"))?;
-        bench.say(&format!("\n{}", report::table(name, &figures)));
+        bench.say(&format!("\n{name}: {}\n{}", case.method(), report::table(&name, &figures)));
         // What is there is kept, whatever becomes of the next case.
-        report::write_json(&output, &machine, &figures)?;
+        report::write_json(&output, &machine, cases, &figures)?;
     }
     bench.done();
     plots::write(&output, &figures)?;

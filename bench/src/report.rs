@@ -1,6 +1,6 @@
 //! What a run found, for people: tables; and for programs: JSON.
 
-use std::{fs, path::Path, process::Command, time::SystemTime};
+use std::{collections::BTreeMap, fs, path::Path, process::Command, time::SystemTime};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{CellAlignment, Table, presets};
@@ -8,6 +8,7 @@ use mcr::api::wire;
 use serde::Serialize;
 
 use crate::{
+    cases::Case,
     figures::{DELIVERED, Figure, Figures, Subject, Unit},
     systems::System,
     targets::{self, Finding, Judgement},
@@ -58,13 +59,15 @@ fn commit() -> Option<String> {
 struct Results<'a> {
     schema: u32,
     machine: &'a Machine,
+    methods: BTreeMap<String, &'static str>,
     #[serde(flatten)]
     figures: &'a Figures,
     targets: Vec<Judgement>,
 }
 
-pub fn write_json(folder: &Path, machine: &Machine, figures: &Figures) -> Result<()> {
-    let results = Results { schema: 1, machine, figures, targets: targets::judge(figures) };
+pub fn write_json(folder: &Path, machine: &Machine, cases: &[Case], figures: &Figures) -> Result<()> {
+    let methods = cases.iter().map(|case| (case.name(), case.method())).collect();
+    let results = Results { schema: 1, machine, methods, figures, targets: targets::judge(figures) };
     let path = folder.join("results.json");
     let json = serde_json::to_string_pretty(&results)? + "\n";
     fs::write(&path, json).with_context(|| path.display().to_string())

@@ -12,7 +12,8 @@ pub struct Args {
     /// Everything shorter and once: two minutes in all
     #[arg(long)]
     quick: bool,
-    /// What to measure; everything, if nothing is named. `help` lists the cases
+    /// What to measure, of saturation, fanout, streams, rules, latency, lossless, chain, overload, idle, memory and
+    /// rule-add [default: everything]
     case: Vec<OsString>,
 }
 
@@ -27,16 +28,8 @@ pub fn main(args: &Args) -> Result<()> {
         built.map(|artifact| &artifact.executable).with_context(|| format!("cargo built no `{name}`"))
     };
     let (bench, mcr) = (executable("bench")?, executable("mcr")?);
-    let mut command = if args.case.iter().any(|case| case == "help") {
-        let mut help = std::process::Command::new(bench);
-        help.arg("--help");
-        help
-    } else {
-        let mut command = process::as_root(bench)?;
-        command.args(&args.case).arg("--mcr").arg(mcr);
-        command.args(args.quick.then_some("--quick"));
-        command
-    };
+    let mut command = process::as_root(bench)?;
+    command.args(&args.case).arg("--mcr").arg(mcr).args(args.quick.then_some("--quick"));
     // Replaces us, so that an interrupt ends the bench alone, which then cleans up.
     let error = command.exec();
     Err(error).with_context(|| format!("cannot start `{}`", process::line(&command)))

@@ -39,6 +39,30 @@ pub enum Case {
 }
 
 impl Case {
+    /// As it is typed.
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// How its figures came about, and with which sink.
+    pub fn method(self) -> &'static str {
+        match self {
+            Self::Saturation | Self::Fanout | Self::Streams | Self::Rules => {
+                "source: BPF, as fast as it goes; sink: an XDP program that counts and drops"
+            }
+            Self::Latency => "source: mcr gen; sink: mcr recv, by the kernel's receive stamp",
+            Self::Lossless | Self::Chain => {
+                "source: mcr gen, above 200 k/s with GSO; sink: an XDP program that counts and drops"
+            }
+            Self::Overload => "source: BPF, paced; sink: an XDP program that counts and drops",
+            Self::Idle => "CPU time of the daemon and its worker, no traffic",
+            Self::Memory => "RSS of the daemon and its worker together, and with shared pages counted once",
+            Self::RuleAdd => {
+                "from the call on the control socket to the sink, an XDP program; a stream of 20 k/s plays"
+            }
+        }
+    }
+
     pub fn run(self, bench: &Bench, figures: &mut Figures) -> Result<()> {
         match self {
             Self::Saturation => saturation::saturation(bench, figures),

@@ -51,7 +51,7 @@ struct Found {
     best: f64,
     offered: f64,
     overloaded: f64,
-    /// From the end of the overload until all that is offered arrives, if it came to that.
+    /// From the end of the overload until all that is offered has arrived for a slice, if it came to that.
     recovery: Option<Duration>,
 }
 
@@ -83,15 +83,15 @@ fn recovery(bench: &Bench, sink: &Sink, offered: &Offered) -> Result<Option<Dura
     let start = Instant::now();
     let mut before = (offered.frames()?, sink.datagrams()?);
     loop {
-        let began = start.elapsed();
-        if began > LIMIT {
-            return Ok(None);
-        }
         bench.pause(SLICE)?;
+        let elapsed = start.elapsed();
         let now = (offered.frames()?, sink.datagrams()?);
         let (sent, delivered) = (now.0 - before.0, now.1 - before.1);
         if sent > 0 && delivered as f64 >= ALL * sent as f64 {
-            return Ok(Some(began));
+            return Ok(Some(elapsed));
+        }
+        if elapsed > LIMIT {
+            return Ok(None);
         }
         before = now;
     }
