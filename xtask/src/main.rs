@@ -1,5 +1,6 @@
 //! The project's own verbs, as `cargo xtask VERB`: one file each.
 
+mod bench;
 mod build_ebpf;
 mod check;
 mod demo;
@@ -28,6 +29,7 @@ enum Verb {
     Test(test::Args),
     Run(run::Args),
     Demo(demo::Args),
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::main(&args),
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
+        Verb::Bench(args) => bench::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -50,6 +50,15 @@ const TEST: &[Need] = &[
     need("procps", Probe::Program("sysctl")),
 ];
 
+/// What the bench compares mcr with, and sets its cables with.
+const BENCH: &[Need] = &[
+    need("ethtool", Probe::Program("ethtool")),
+    need("iproute2", Probe::Program("ip")),
+    need("smcroute", Probe::Program("smcrouted")),
+    need("socat", Probe::Program("socat")),
+    need("util-linux", Probe::Program("taskset")),
+];
+
 pub fn main(_: &Args) -> Result<()> {
     build()?;
     test()
@@ -63,6 +72,11 @@ pub fn build() -> Result<()> {
 /// What running the tests and the demo needs.
 pub fn test() -> Result<()> {
     ensure("running mcr's tests and demo", TEST)
+}
+
+/// What running the bench needs.
+pub fn bench() -> Result<()> {
+    ensure("running mcr's bench", BENCH)
 }
 
 fn ensure(purpose: &str, needs: &[Need]) -> Result<()> {

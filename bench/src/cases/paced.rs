@@ -1,0 +1,155 @@
+//! Traffic at an even rate: how late it arrives, and whether all of it does.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::{
+    bench::Bench,
+    cases::saturation::PAYLOAD,
+    daemon::{Daemon, IN_PORT, OUT_PORT, group_in, group_out},
+    figures::{Figures, LOST, Subject, Unit, metric},
+    sink::Sink,
+    site::Site,
+    systems::{System, Work},
+    traffic::Stream,
+};
+
+/// From sender to a UDP socket's arrival; source and receiver share a CPU.
+pub fn latency(bench: &Bench, figures: &mut Figures) -> Result<()> {
+    const SYSTEMS: [System; 5] =
+        [System::NoRelay, System::AfXdp, System::AfPacket, System::Socat, System::KernelRouting];
+    for round in 1..=bench.rounds() {
+        for rate in [10_000, 150_000] {
+            for system in SYSTEMS {
+                let variant = per_second(rate);
+                let subject = Subject { case: "latency", variant: &variant, system: system.name() };
+                bench.doing(&format!("latency {variant}, round {round}: {}", system.name()));
+                let site = Site::build(system.relays());
+                let _running = system.start(bench, &site, Work::ONE)?;
+                // Sockets, routes and caches are ready when it counts.
+                stream(1000).exchange(bench, &site, system.destination(), Duration::from_millis(100))?;
+                let heard = stream(rate).exchange(bench, &site, system.destination(), trial(bench))?;
+                figures.add(subject, metric("p50", Unit::Microseconds), heard.p50_us);
+                figures.add(subject, metric("p99", Unit::Microseconds), heard.p99_us);
+                figures.add(subject, LOST, percent_lost(heard.sent, heard.received));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Loss at fixed rates, and the highest rate without loss, found as RFC 2544 does.
+pub fn lossless(bench: &Bench, figures: &mut Figures) -> Result<()> {
+    const SYSTEMS: [System; 4] = [System::AfXdp, System::AfPacket, System::Socat, System::KernelRouting];
+    for round in 1..=bench.rounds() {
+        for system in SYSTEMS {
+            let site = Site::build(1);
+            let sink = Sink::attach(&site)?;
+            let _running = system.start(bench, &site, Work::ONE)?;
+            for rate in [250_000, 500_000] {
+                let variant = per_second(rate);
+                let subject = Subject { case: "lossless", variant: &variant, system: system.name() };
+                bench.doing(&format!("lossless {variant}, round {round}: {}", system.name()));
+                let trial = Trial::run(bench, &site, &sink, rate)?;
+                figures.add(subject, SENT, trial.sent_per_second(bench));
+                figures.add(subject, LOST, percent_lost(trial.sent, trial.delivered));
+            }
+            let subject = Subject { case: "lossless", variant: "search", system: system.name() };
+            let highest = highest_lossless(bench, |rate| {
+                bench.doing(&format!("lossless {}, round {round}: {}", per_second(rate), system.name()));
+                Trial::run(bench, &site, &sink, rate)
+            })?;
+            figures.add(subject, metric("highest lossless", Unit::PerSecond), highest);
+        }
+    }
+    Ok(())
+}
+
+/// Three relays in a row, their workers on one CPU.
+pub fn chain(bench: &Bench, figures: &mut Figures) -> Result<()> {
+    const RELAYS: u8 = 3;
+    let ends = [(group_in(0), IN_PORT), (group_out(0, 0, 1), OUT_PORT)];
+    for round in 1..=bench.rounds() {
+        for rate in [150_000, 250_000] {
+            for system in [System::AfXdp, System::AfPacket] {
+                let variant = per_second(rate);
+                let subject = Subject { case: "chain", variant: &variant, system: system.name() };
+                bench.doing(&format!("chain {variant}, round {round}: {}", system.name()));
+                let site = Site::build(RELAYS);
+                let sink = Sink::attach(&site)?;
+                let mut daemons = Vec::new();
+                for (k, relay) in site.relays.iter().enumerate() {
+                    let daemon = Daemon::start(bench, relay, system.name())?;
+                    // To and fro between two groups.
+                    daemon.relay_one(bench, ends[k % 2], ends[(k + 1) % 2])?;
+                    daemons.push(daemon);
+                }
+                let trial = Trial::run(bench, &site, &sink, rate)?;
+                figures.add(subject, SENT, trial.sent_per_second(bench));
+                figures.add(subject, LOST, percent_lost(trial.sent, trial.delivered));
+            }
+        }
+    }
+    Ok(())
+}
+
+const SENT: crate::figures::Metric = metric("sent", Unit::PerSecond);
+
+/// To the group that every system relays.
+fn stream(rate: u32) -> Stream {
+    Stream { to: (group_in(0), IN_PORT), rate, payload: PAYLOAD }
+}
+
+fn trial(bench: &Bench) -> Duration {
+    Duration::from_millis(if bench.quick { 700 } else { 2000 })
+}
+
+/// A stream of so long to the sink that counts.
+#[derive(Clone, Copy, Debug)]
+struct Trial {
+    sent: u64,
+    delivered: u64,
+}
+
+impl Trial {
+    fn run(bench: &Bench, site: &Site, sink: &Sink, rate: u32) -> Result<Self> {
+        let before = sink.datagrams()?;
+        let sent = stream(rate).send(bench, site, trial(bench))?;
+        Ok(Self { sent, delivered: sink.settled()? - before })
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+    fn sent_per_second(self, bench: &Bench) -> f64 {
+        self.sent as f64 / trial(bench).as_secs_f64()
+    }
+}
+
+/// Halves the range between a rate without loss and one with it, until it is narrow. A rate that the source
+/// does not reach counts as one with loss.
+fn highest_lossless(bench: &Bench, mut run: impl FnMut(u32) -> Result<Trial>) -> Result<f64> {
+    const FASTEST: u32 = 1_280_000;
+    const NARROW: u32 = 20_000;
+    let (mut without, mut with) = (0, FASTEST);
+    let mut highest = 0.0;
+    while with - without > NARROW {
+        let rate = without.midpoint(with);
+        let trial = run(rate)?;
+        let sent = trial.sent_per_second(bench);
+        if trial.sent == trial.delivered && sent > 0.98 * f64::from(rate) {
+            (without, highest) = (rate, sent);
+        } else {
+            with = rate;
+        }
+    }
+    Ok(highest)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
+fn percent_lost(sent: u64, received: u64) -> f64 {
+    if sent == 0 { 100.0 } else { sent.saturating_sub(received) as f64 / sent as f64 * 100.0 }
+}
+
+pub fn per_second(rate: u32) -> String {
+    format!("{} k/s", rate / 1000)
+}

@@ -1,0 +1,282 @@
+//! What mcr promises of its speed, and whether this run found it so.
+
+use serde::Serialize;
+
+use crate::{
+    figures::{Figures, Subject, Unit},
+    report,
+};
+
+/// Where a figure stands: case, variant, system, metric.
+type Place = (&'static str, &'static str, &'static str, &'static str);
+
+/// What is read out of the figures.
+#[derive(Clone, Copy)]
+enum Reading {
+    Figure(Place),
+    Ratio(Place, Place),
+    Difference(Place, Place),
+}
+
+#[derive(Clone, Copy)]
+enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+#[derive(Clone, Copy)]
+struct Promise(Reading, Bound);
+
+/// A promise, and what is aimed for.
+struct Target {
+    what: &'static str,
+    must: Option<Promise>,
+    aim: Option<Promise>,
+}
+
+/// What a run found of a promise.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// As it is read by people.
+    pub promised: String,
+    pub found: String,
+    pub met: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Judgement {
+    pub what: &'static str,
+    pub must: Option<Finding>,
+    pub aim: Option<Finding>,
+}
+
+/// Every target whose figures this run has.
+pub fn judge(figures: &Figures) -> Vec<Judgement> {
+    targets()
+        .into_iter()
+        .filter_map(|Target { what, must, aim }| {
+            let judge = |promise: Option<Promise>| promise.and_then(|promise| promise.judge(figures));
+            let (must, aim) = (judge(must), judge(aim));
+            (must.is_some() || aim.is_some()).then_some(Judgement { what, must, aim })
+        })
+        .collect()
+}
+
+fn targets() -> Vec<Target> {
+    let mut targets = throughput();
+    targets.extend(paced());
+    targets.extend(upkeep());
+    targets
+}
+
+const fn delivered(system: &'static str) -> Place {
+    ("saturation", "1316 B", system, "delivered")
+}
+
+/// A ratio of two figures with a lower bound to meet and one to aim for.
+fn at_least(what: &'static str, figure: Place, against: Place, must: f64, aim: f64) -> Target {
+    let reading = Reading::Ratio(figure, against);
+    Target {
+        what,
+        must: Some(Promise(reading, Bound::AtLeast(must))),
+        aim: Some(Promise(reading, Bound::AtLeast(aim))),
+    }
+}
+
+fn at_most(what: &'static str, figure: Place, must: f64, aim: Option<f64>) -> Target {
+    let reading = Reading::Figure(figure);
+    Target {
+        what,
+        must: Some(Promise(reading, Bound::AtMost(must))),
+        aim: aim.map(|aim| Promise(reading, Bound::AtMost(aim))),
+    }
+}
+
+fn throughput() -> Vec<Target> {
+    let per_cpu_second = |system| ("saturation", "1316 B", system, "per CPU-second");
+    let fanout = |system| ("fanout", "1:10", system, "delivered");
+    let streams = |variant, system| ("streams", variant, system, "delivered");
+    let rules = |variant, system| ("rules", variant, system, "delivered");
+    vec![
+        at_least("af-xdp 1:1 against socat", delivered("af-xdp"), delivered("socat"), 6.5, 9.0),
+        at_least(
+            "af-xdp 1:1 against kernel routing",
+            delivered("af-xdp"),
+            delivered("kernel routing"),
+            1.0,
+            1.3,
+        ),
+        at_least("af-xdp 1:10, outputs against socat", fanout("af-xdp"), fanout("socat"), 8.0, 12.0),
+        at_least("af-packet 1:1 against socat", delivered("af-packet"), delivered("socat"), 6.0, 8.0),
+        at_least(
+            "af-xdp per CPU-second against socat",
+            per_cpu_second("af-xdp"),
+            per_cpu_second("socat"),
+            4.0,
+            6.0,
+        ),
+        at_least(
+            "af-packet per CPU-second against socat",
+            per_cpu_second("af-packet"),
+            per_cpu_second("socat"),
+            4.0,
+            6.0,
+        ),
+        at_least("af-xdp, 50 streams against 1", streams("50", "af-xdp"), streams("1", "af-xdp"), 0.75, 0.95),
+        at_least(
+            "af-packet, 50 streams against 1",
+            streams("50", "af-packet"),
+            streams("1", "af-packet"),
+            0.75,
+            0.95,
+        ),
+        at_least("af-xdp, 1,000 rules against 1", rules("1000", "af-xdp"), rules("1", "af-xdp"), 0.9, 0.97),
+        at_least(
+            "af-packet, 1,000 rules against 1",
+            rules("1000", "af-packet"),
+            rules("1", "af-packet"),
+            0.9,
+            0.97,
+        ),
+    ]
+}
+
+fn paced() -> Vec<Target> {
+    let latency = |variant, system, metric| ("latency", variant, system, metric);
+    let (slow, fast) = ("10 k/s", "150 k/s");
+    let over_none = |metric, most| {
+        let reading = Reading::Difference(latency(slow, "af-xdp", metric), latency(slow, "no relay", metric));
+        Promise(reading, Bound::AtMost(most))
+    };
+    let below_socat = Promise(
+        Reading::Ratio(latency(slow, "af-xdp", "p50"), latency(slow, "socat", "p50")),
+        Bound::AtMost(1.0),
+    );
+    let none_lost =
+        |case, variant, system| Promise(Reading::Figure((case, variant, system, "lost")), Bound::AtMost(0.0));
+    vec![
+        Target {
+            what: "af-xdp p50 at 10 k/s, to socat's; aim: over no relay",
+            must: Some(below_socat),
+            aim: Some(over_none("p50", 6.0)),
+        },
+        Target { what: "af-xdp p99 at 10 k/s, over no relay", must: None, aim: Some(over_none("p99", 10.0)) },
+        at_most("af-xdp p50 at 150 k/s", latency(fast, "af-xdp", "p50"), 30.0, Some(15.0)),
+        at_most("af-xdp p99 at 150 k/s", latency(fast, "af-xdp", "p99"), 300.0, None),
+        Target {
+            what: "af-xdp loss at 250 k/s; aim: at 500 k/s",
+            must: Some(none_lost("lossless", "250 k/s", "af-xdp")),
+            aim: Some(none_lost("lossless", "500 k/s", "af-xdp")),
+        },
+        Target {
+            what: "af-packet loss at 250 k/s",
+            must: Some(none_lost("lossless", "250 k/s", "af-packet")),
+            aim: None,
+        },
+        Target {
+            what: "af-xdp, 3 in a row at 150 k/s; aim: at 250 k/s",
+            must: Some(none_lost("chain", fast, "af-xdp")),
+            aim: Some(none_lost("chain", "250 k/s", "af-xdp")),
+        },
+        Target {
+            what: "af-packet, 3 in a row at 150 k/s; aim: at 250 k/s",
+            must: Some(none_lost("chain", fast, "af-packet")),
+            aim: Some(none_lost("chain", "250 k/s", "af-packet")),
+        },
+    ]
+}
+
+fn upkeep() -> Vec<Target> {
+    let overload = |system, metric| ("overload", "", system, metric);
+    let of_the_best = |what, system| {
+        let reading = Reading::Figure(overload(system, "of the best"));
+        Target {
+            what,
+            must: Some(Promise(reading, Bound::AtLeast(0.9))),
+            aim: Some(Promise(reading, Bound::AtLeast(1.0))),
+        }
+    };
+    let idle = |system| ("idle", "100 rules", system, "of a core");
+    let memory = |system| ("memory", "one rule", system, "resident");
+    let rule_add = |system| ("rule-add", "one more", system, "p99");
+    vec![
+        of_the_best("af-xdp overloaded, against its best rate", "af-xdp"),
+        of_the_best("af-packet overloaded, against its best rate", "af-packet"),
+        at_most("af-xdp overloaded: lost and not in a ledger", overload("af-xdp", "unexplained"), 0.0, None),
+        at_most(
+            "af-packet overloaded: lost and not in a ledger",
+            overload("af-packet", "unexplained"),
+            0.0,
+            None,
+        ),
+        at_most("af-xdp idle with 100 rules", idle("af-xdp"), 0.5, Some(0.1)),
+        at_most("af-packet idle with 100 rules", idle("af-packet"), 0.5, Some(0.1)),
+        at_most("af-xdp resident memory", memory("af-xdp"), 96.0, Some(64.0)),
+        at_most("af-packet resident memory", memory("af-packet"), 96.0, Some(64.0)),
+        at_most("af-xdp rule add to first datagram, p99", rule_add("af-xdp"), 25.0, Some(10.0)),
+        at_most("af-packet rule add to first datagram, p99", rule_add("af-packet"), 25.0, Some(10.0)),
+    ]
+}
+
+impl Promise {
+    fn judge(self, figures: &Figures) -> Option<Finding> {
+        let Self(reading, bound) = self;
+        let (value, unit) = reading.of(figures)?;
+        let (met, sign, bound) = match bound {
+            Bound::AtLeast(least) => (value >= least, ">=", least),
+            Bound::AtMost(most) => (value <= most, "<=", most),
+        };
+        let promised = format!("{sign} {}", report::number(bound, unit));
+        Some(Finding { promised, found: report::number(value, unit), met })
+    }
+}
+
+impl Reading {
+    fn of(self, figures: &Figures) -> Option<(f64, Unit)> {
+        let figure = |(case, variant, system, metric)| figures.get(Subject { case, variant, system }, metric);
+        match self {
+            Self::Figure(place) => {
+                let figure = figure(place)?;
+                // A loss in one round of three is a loss.
+                let value = if place.3 == "lost" { figure.max } else { figure.median };
+                Some((value, figure.metric.unit))
+            }
+            Self::Ratio(of, to) => Some((figure(of)?.median / figure(to)?.median, Unit::Times)),
+            Self::Difference(of, less) => {
+                let of = figure(of)?;
+                Some((of.median - figure(less)?.median, of.metric.unit))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::figures::{DELIVERED, LOST};
+
+    fn found(samples: &[(Place, crate::figures::Metric, f64)]) -> Vec<Judgement> {
+        let mut figures = Figures::default();
+        for &((case, variant, system, _), metric, sample) in samples {
+            figures.add(Subject { case, variant, system }, metric, sample);
+        }
+        judge(&figures)
+    }
+
+    #[test]
+    fn a_target_is_judged_if_its_figures_are_there() {
+        assert!(found(&[(delivered("af-xdp"), DELIVERED, 7.0)]).is_empty());
+        let judged = found(&[(delivered("af-xdp"), DELIVERED, 7.0), (delivered("socat"), DELIVERED, 1.0)]);
+        let [only] = &judged[..] else { panic!("{judged:?}") };
+        let (must, aim) = (only.must.as_ref().expect("a promise"), only.aim.as_ref().expect("an aim"));
+        assert!(must.met && !aim.met);
+        assert_eq!((must.promised.as_str(), must.found.as_str()), (">= 6.50 x", "7.00 x"));
+    }
+
+    #[test]
+    fn a_loss_in_any_round_is_a_loss() {
+        let place = ("chain", "150 k/s", "af-packet", "lost");
+        let judged = found(&[(place, LOST, 0.0), (place, LOST, 0.0), (place, LOST, 0.01)]);
+        assert!(!judged[0].must.as_ref().expect("a promise").met && judged[0].aim.is_none());
+    }
+}
