@@ -30,6 +30,7 @@ pub const fn metric(name: &'static str, unit: Unit) -> Metric {
 pub const DELIVERED: Metric = metric("delivered", Unit::PerSecond);
 pub const OFFERED: Metric = metric("offered", Unit::PerSecond);
 pub const PER_CPU_SECOND: Metric = metric("per CPU-second", Unit::PerSecond);
+pub const SENT: Metric = metric("sent", Unit::PerSecond);
 pub const LOST: Metric = metric("lost", Unit::Percent);
 pub const UNEXPLAINED: Metric = metric("unexplained", Unit::Datagrams);
 

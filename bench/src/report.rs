@@ -11,7 +11,7 @@ use crate::{
     cases::Case,
     figures::{DELIVERED, Figure, Figures, Subject, Unit},
     systems::System,
-    targets::{self, Finding, Judgement},
+    targets::{self, Finding, Judgement, Verdict},
 };
 
 /// What the figures hold for.
@@ -116,9 +116,13 @@ pub fn table(case: &str, figures: &Figures) -> String {
 pub fn targets(figures: &Figures) -> Option<String> {
     let judged = targets::judge(figures);
     let cells = |finding: Option<&Finding>| {
-        let met = |met| if met { "met" } else { "NOT MET" };
-        finding.map_or([const { String::new() }; 3], |Finding { promised, found, met: is_met }| {
-            [promised.clone(), found.clone(), met(*is_met).to_owned()]
+        finding.map_or([const { String::new() }; 3], |Finding { promised, found, verdict }| {
+            let verdict = match verdict {
+                Verdict::Met => "met",
+                Verdict::NotMet => "NOT MET",
+                Verdict::NotTried => "not tried",
+            };
+            [promised.clone(), found.clone(), verdict.to_owned()]
         })
     };
     let rows = judged.iter().map(|Judgement { what, must, aim }| {

@@ -8,7 +8,7 @@ use crate::{
     bench::Bench,
     cases::saturation::PAYLOAD,
     daemon::{Daemon, IN_PORT, OUT_PORT, group_in, group_out},
-    figures::{Figures, LOST, Subject, Unit, metric},
+    figures::{Figures, LOST, SENT, Subject, Unit, metric},
     sink::Sink,
     site::Site,
     systems::{System, Work},
@@ -93,8 +93,6 @@ pub fn chain(bench: &Bench, figures: &mut Figures) -> Result<()> {
     }
     Ok(())
 }
-
-const SENT: crate::figures::Metric = metric("sent", Unit::PerSecond);
 
 /// To the group that every system relays.
 fn stream(rate: u32) -> Stream {
