@@ -10,9 +10,10 @@ use nix::{
     unistd::Pid,
 };
 use tests::{
-    Generator, Ground, Relay, Site,
+    Capture, Generator, Ground, Relay, Site, Source,
     relay::{lost, unaccounted},
     site::{ETH, Plan},
+    source::Stream,
     wait::PATIENCE,
     wait_until,
 };
@@ -102,17 +103,22 @@ fn without_ebpf_too() {
     check_killed_under_load(Ground::WithoutBpf);
 }
 
+const GROUP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 1), 5000);
+const TO: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 2, 2, 2), 6000);
+
+/// A relay with one rule that is at work, and what its output sends.
+fn relaying(site: &Site) -> (Relay<'_>, Capture) {
+    let relay = Relay::start(site);
+    relay.add("cam1", &format!("{GROUP}@in0"), &[&format!("{TO}@out0")]);
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    (relay, site.capture(0))
+}
+
 #[test]
 fn a_stream_waits_for_its_only_worker_and_loses_what_that_held() {
-    use tests::{Source, source::Stream};
     let site = Site::build(Plan { ground: Ground::PlainVeth, ..Plan::default() });
-    let relay = Relay::start(&site);
-    let (group, to): (SocketAddrV4, SocketAddrV4) =
-        ("239.1.1.1:5000".parse().unwrap(), "239.2.2.2:6000".parse().unwrap());
-    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
-    site.segments[0].wait_until_joined(*group.ip());
-    let mut sink = site.capture(0);
-    let source = Source::start(site.source(), Stream::to(group));
+    let (relay, mut sink) = relaying(&site);
+    let source = Source::start(site.source(), Stream::to(GROUP));
     for _ in 0..3 {
         source.wait_for_more(1_000);
         let worker = relay.workers().remove(0);
@@ -128,7 +134,7 @@ fn a_stream_waits_for_its_only_worker_and_loses_what_that_held() {
     let interface = relay.interface("in0");
     assert!(interface.dropped.is_empty(), "{interface:?}");
     assert_eq!(unaccounted(&stats), lost(&interface), "{stats:?} {interface:?}");
-    let numbers: Vec<_> = sink.to(to).iter().map(tests::Captured::sequence).collect();
+    let numbers: Vec<_> = sink.to(TO).iter().map(tests::Captured::sequence).collect();
     assert!(numbers.windows(2).all(|pair| pair[0] < pair[1]), "doubled or out of order");
     let gone = stats.outputs[0].dropped.get("worker_died").copied().unwrap_or(0) + lost(&interface);
     assert!(sent - numbers.len() as u64 <= gone, "{} of {sent}, {gone} accounted for", numbers.len());
@@ -136,23 +142,17 @@ fn a_stream_waits_for_its_only_worker_and_loses_what_that_held() {
 
 #[test]
 fn a_ring_that_filled_while_its_worker_was_away_is_relayed_and_the_rest_counted() {
-    use tests::{Source, source::Stream};
     let site = Site::build(Plan { ground: Ground::PlainVeth, ..Plan::default() });
-    let relay = Relay::start(&site);
-    let (group, to): (SocketAddrV4, SocketAddrV4) =
-        ("239.1.1.1:5000".parse().unwrap(), "239.2.2.2:6000".parse().unwrap());
-    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
-    site.segments[0].wait_until_joined(*group.ip());
-    let mut sink = site.capture(0);
+    let (relay, mut sink) = relaying(&site);
     // A few, so that the ring's start is no slot 0.
-    Source::play(site.source(), Stream { count: 700, ..Stream::to(group) });
+    Source::play(site.source(), Stream { count: 700, ..Stream::to(GROUP) });
     relay.balanced("cam1", 700);
-    sink.exactly(to, 700);
+    sink.exactly(TO, 700);
     let worker = relay.workers().remove(0);
     let pid = Pid::from_raw(worker.pid.unwrap().cast_signed());
     // Its ring holds some 8,200 frames; the worker holds none.
     kill(pid, Signal::SIGSTOP).unwrap();
-    Source::play(site.source(), Stream { count: 10_000, rate: 20_000, size: 100, ..Stream::to(group) });
+    Source::play(site.source(), Stream { count: 10_000, rate: 20_000, size: 100, ..Stream::to(GROUP) });
     kill(pid, Signal::SIGKILL).unwrap();
     let stats = relay.balanced("cam1", 10_700);
     let interface = relay.interface("in0");
@@ -160,9 +160,9 @@ fn a_ring_that_filled_while_its_worker_was_away_is_relayed_and_the_rest_counted(
     assert!(full > 0 && interface.discarded.is_empty(), "{interface:?}");
     assert_eq!(stats.received + full, 10_700, "{stats:?} {interface:?}");
     // The first that came are the ones that had room, and it goes on at once.
-    Source::play(site.source(), Stream { count: 500, ..Stream::to(group) });
+    Source::play(site.source(), Stream { count: 500, ..Stream::to(GROUP) });
     relay.balanced("cam1", 11_200);
-    let numbers: Vec<_> = sink.to(to).iter().map(tests::Captured::sequence).collect();
+    let numbers: Vec<_> = sink.to(TO).iter().map(tests::Captured::sequence).collect();
     let waited = stats.received - 700;
     assert!(numbers.iter().copied().eq((0..700).chain(0..waited).chain(0..500)), "out of order or missing");
 }

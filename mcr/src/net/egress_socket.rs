@@ -42,9 +42,7 @@ pub fn open(key: &EgressKey) -> io::Result<OwnedFd> {
     // Errors of the queueing discipline are told only to a socket that asks for them.
     socket_option::set(&socket, libc::IPPROTO_IP, libc::IP_RECVERR, &1)?;
     socket_option::set(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, &libc::IP_PMTUDISC_PROBE)?;
-    if socket_option::set(&socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &SEND_BUFFER_BYTES).is_err() {
-        socket.set_send_buffer_size(SEND_BUFFER_BYTES as usize)?;
-    }
+    socket_option::set_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SEND_BUFFER_BYTES)?;
     Ok(socket.into())
 }
 

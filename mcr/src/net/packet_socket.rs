@@ -68,9 +68,7 @@ impl PacketSocket {
         set(libc::PACKET_VNET_HDR, 1)?;
         set(libc::PACKET_IGNORE_OUTGOING, 1)?;
         set(libc::PACKET_COPY_THRESH, 1)?;
-        if socket_option::set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &LONG_FRAMES_BYTES).is_err() {
-            socket.set_recv_buffer_size(LONG_FRAMES_BYTES as usize)?;
-        }
+        socket_option::set_buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, LONG_FRAMES_BYTES)?;
         let request = libc::tpacket_req {
             tp_block_size: ring.block_bytes,
             tp_block_nr: ring.blocks,

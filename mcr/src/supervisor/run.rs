@@ -245,10 +245,8 @@ impl Daemon {
     fn queues_changed(&self) -> bool {
         let inputs: BTreeSet<_> =
             self.state.rules().iter().map(|entry| &entry.rule.input.interface).collect();
-        let links = inputs.into_iter().filter_map(|name| Some((name, self.state.links().get(name)?)));
-        links
-            .into_iter()
-            .any(|(name, link)| ethtool::rx_queues(name).is_some_and(|queues| queues != link.rx_queues))
+        let mut links = inputs.into_iter().filter_map(|name| Some((name, self.state.links().get(name)?)));
+        links.any(|(name, link)| ethtool::rx_queues(name).is_some_and(|queues| queues != link.rx_queues))
     }
 
     /// Takes note of what the kernel counted of the packet sockets.
@@ -571,8 +569,8 @@ impl Daemon {
         let Some(worker) = self.workers.get_mut(id) else {
             return Err(self.worker_failed(id, "it has ended"));
         };
-        worker.begin().await.map_err(|error| self.worker_failed(id, &one_line(&error)))?;
-        let sockets = self.workers.get_mut(id).map(WorkerProcess::take_sockets).unwrap_or_default();
+        let (begun, sockets) = (worker.begin().await, worker.take_sockets());
+        begun.map_err(|error| self.worker_failed(id, &one_line(&error)))?;
         for (queue, socket) in sockets {
             let set = match self.programs.get_mut(&id.interface) {
                 Some(program) => program.set_socket(queue, socket.as_fd()).map_err(|error| one_line(&error)),

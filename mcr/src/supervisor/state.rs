@@ -106,7 +106,7 @@ struct Actual {
     flows: Flows,
     memberships: BTreeSet<Membership>,
     workers: BTreeMap<WorkerId, Running>,
-    /// A flow was deleted, and nobody has waited yet for the programs that may still act on it.
+    /// A flow was deleted or moved, and nobody has waited yet for the programs that may still act on it.
     barrier_due: bool,
 }
 
@@ -514,14 +514,19 @@ impl State {
     }
 
     fn wanted_memberships(&self) -> BTreeSet<Membership> {
-        let wanted = |entry: &Entry| self.membership(entry);
-        if self.stopping { BTreeSet::new() } else { self.rules.iter().filter_map(wanted).collect() }
+        if self.stopping {
+            return BTreeSet::new();
+        }
+        let prefer_xdp = self.interfaces_for_xdp();
+        let wanted = |entry: &Entry| self.membership(entry, prefer_xdp.contains(&entry.rule.input.interface));
+        self.rules.iter().filter_map(wanted).collect()
     }
 
-    fn membership(&self, entry: &Entry) -> Option<Membership> {
+    /// What a rule has joined if it is relayed; `xdp` is whether `auto` takes XDP.
+    fn membership(&self, entry: &Entry, xdp: bool) -> Option<Membership> {
         let input = &entry.rule.input;
         let link = self.links.get(&input.interface)?;
-        let ready = link.up && self.relaying(entry, self.prefers_xdp(&input.interface)).is_some();
+        let ready = link.up && self.relaying(entry, xdp).is_some();
         ready.then_some(Membership { interface: link.index, group: input.group, source: input.source })
     }
 
@@ -981,7 +986,8 @@ impl State {
     }
 
     fn join_failure(&self, entry: &Entry) -> Option<&String> {
-        self.join_failures.get(&self.membership(entry)?)
+        let xdp = self.prefers_xdp(&entry.rule.input.interface);
+        self.join_failures.get(&self.membership(entry, xdp)?)
     }
 
     fn flow_failure(&self, entry: &Entry) -> Option<&String> {

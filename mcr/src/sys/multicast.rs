@@ -39,9 +39,7 @@ fn change(
 /// Lets nothing be received: the socket's queue stays empty whatever is sent to its port.
 pub fn receive_nothing(socket: &impl AsRawFd) -> io::Result<()> {
     // BPF_RET | BPF_K with 0 bytes to keep.
-    let mut refuse = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
-    let program = libc::sock_fprog { len: 1, filter: &raw mut refuse };
-    socket_option::set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    socket_option::attach_filter(socket, &mut [libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 }])
 }
 
 /// The number of the socket's network namespace, never used again while the machine runs.

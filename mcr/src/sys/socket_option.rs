@@ -11,6 +11,18 @@ pub fn set<T: Copy>(socket: &impl AsRawFd, level: i32, name: i32, value: &T) -> 
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Sets the size of a buffer beyond the system's limit, or up to it where that takes a capability that is
+/// missing.
+pub fn set_buffer(socket: &impl AsRawFd, forced: i32, limited: i32, bytes: i32) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, forced, &bytes).or_else(|_| set(socket, libc::SOL_SOCKET, limited, &bytes))
+}
+
+/// Puts a classic filter on a socket, in the place of the one that it has.
+pub fn attach_filter(socket: &impl AsRawFd, instructions: &mut [libc::sock_filter]) -> io::Result<()> {
+    let program = libc::sock_fprog { len: instructions.len() as u16, filter: instructions.as_mut_ptr() };
+    set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+}
+
 /// Reads an option of `N` bytes.
 pub fn get<const N: usize>(socket: &impl AsRawFd, level: i32, name: i32) -> io::Result<[u8; N]> {
     let mut value = [0u8; N];

@@ -24,9 +24,7 @@ pub fn attach(
     socket: &impl AsRawFd,
     destinations: impl Iterator<Item = ([u8; 4], [u8; 2])>,
 ) -> io::Result<()> {
-    let mut instructions = program(&destinations.collect());
-    let program = libc::sock_fprog { len: instructions.len() as u16, filter: instructions.as_mut_ptr() };
-    socket_option::set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    socket_option::attach_filter(socket, &mut program(&destinations.collect()))
 }
 
 const fn instruction(code: u32, k: u32) -> sock_filter {
