@@ -41,11 +41,13 @@ impl Stream {
     /// kernel by one call.
     pub fn send(self, bench: &Bench, site: &Site, time: Duration) -> Result<u64> {
         const FASTEST_ONE_A_CALL: u32 = 200_000;
+        let how: &[&str] = if self.rate > FASTEST_ONE_A_CALL { &["--gso"] } else { &[] };
+        self.send_so(bench, site, time, how)
+    }
+
+    fn send_so(self, bench: &Bench, site: &Site, time: Duration, how: &[&str]) -> Result<u64> {
         let mut command = self.command(bench, site);
-        command.args(["--seconds", &time.as_secs_f64().to_string(), "--json"]);
-        if self.rate > FASTEST_ONE_A_CALL {
-            command.arg("--gso");
-        }
+        command.args(["--seconds", &time.as_secs_f64().to_string(), "--json"]).args(how);
         let mut process = Process::spawn(&mut command);
         let printed = bench.wait_for(&mut process, patience(time))?;
         let report: Value = serde_json::from_str(&printed)
@@ -53,13 +55,13 @@ impl Stream {
         number(&report, "/total/sent")
     }
 
-    /// Sends for some time to a receiver that listens on `at`.
+    /// Sends for some time, each datagram by itself at its time, to a receiver that listens on `at`.
     pub fn exchange(self, bench: &Bench, site: &Site, at: (Ipv4Addr, u16), time: Duration) -> Result<Heard> {
         let mut command = on_source_cpu(bench, &site.sink);
         command.args(["recv", &endpoint(at, SINK), "--json"]);
         let mut receiver = Process::spawn(&mut command);
         receiver.wait_for_stderr("listening on", patience(time));
-        let sent = self.send(bench, site, time)?;
+        let sent = self.send_so(bench, site, time, &["--even"])?;
         // What waits in queues.
         bench.pause(Duration::from_millis(300))?;
         receiver.signal(Signal::SIGINT);

@@ -54,6 +54,10 @@ pub struct Args {
     /// tx-udp-segmentation) they travel as one; switch that off where frames are counted.
     #[arg(long)]
     gso: bool,
+    /// Send each datagram by itself and at its time to a microsecond, as latency is measured; keeps a CPU busy.
+    /// Otherwise what is due within 100 microseconds leaves together.
+    #[arg(long, conflicts_with = "gso")]
+    even: bool,
     /// Print the SHA-256 of each stream's payloads, in order.
     #[arg(long)]
     sha256: bool,
@@ -133,6 +137,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         duration: args.seconds,
         sha256: args.sha256,
         segments: args.gso,
+        even: args.even,
         // Fresh per process, and seeded by the kernel.
         run: RandomState::new().hash_one(clock::realtime_ns()),
     };

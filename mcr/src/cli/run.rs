@@ -28,9 +28,10 @@ pub struct Args {
     /// CPUs that workers are pinned to, like 0-3,6
     #[arg(long, value_name = "LIST", value_parser = parse_list)]
     cpus: Option<CpuList>,
-    /// How long an idle worker looks for frames before it sleeps: less latency for more CPU, at most 1000000
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
-    busy_poll: u32,
+    /// How long an idle worker looks for frames before it sleeps, at most 1000000: less latency for more CPU
+    /// [default: 25 where frames usually come within that time, otherwise 0]
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    busy_poll: Option<u32>,
     /// The control socket to listen on
     #[arg(long, value_name = "PATH", env = "MCR_CONTROL", default_value = DEFAULT_CONTROL)]
     control: PathBuf,
@@ -120,7 +121,7 @@ mod tests {
             generic_xdp: true,
             workers: NonZeroU32::new(2),
             cpus: Some(vec![0, 1, 2, 3, 6]),
-            busy_poll_us: 50,
+            busy_poll_us: Some(50),
             control: "/tmp/s".into(),
             pin_root: "/tmp/bpf".into(),
             source_port: Some(7000),

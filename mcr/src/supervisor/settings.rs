@@ -22,8 +22,9 @@ pub struct Settings {
     pub workers: Option<NonZeroU32>,
     /// The CPUs that workers may be pinned to, ascending; chosen if none.
     pub cpus: Option<Vec<u32>>,
-    /// How long an idle worker looks for frames before it sleeps, in microseconds.
-    pub busy_poll_us: u32,
+    /// How long an idle worker looks for frames before it sleeps, in microseconds; if none, that depends on
+    /// what comes.
+    pub busy_poll_us: Option<u32>,
     pub control: PathBuf,
     pub pin_root: PathBuf,
     /// Source port of what is sent; chosen once if none.

@@ -26,6 +26,17 @@ pub fn sleep_until(monotonic_ns: u64) {
     }
 }
 
+/// Watches the monotonic clock up to this moment: on time where a sleep is not, at the price of a busy CPU.
+pub fn spin_until(monotonic_ns: u64) {
+    const WAKE_UP_NS: u64 = 200_000;
+    if monotonic_ns > self::monotonic_ns() + WAKE_UP_NS {
+        sleep_until(monotonic_ns - WAKE_UP_NS);
+    }
+    while self::monotonic_ns() < monotonic_ns {
+        std::hint::spin_loop();
+    }
+}
+
 fn now_ns(clock: ClockId) -> u64 {
     let now = clock_gettime(clock).expect("Linux has this clock");
     now.tv_sec().cast_unsigned() * 1_000_000_000 + now.tv_nsec().cast_unsigned()

@@ -49,6 +49,11 @@ impl Pacer {
         }
     }
 
+    /// As it is, but each datagram has a wake-up of its own.
+    pub fn even(self) -> Self {
+        Self { per_tick: 1, ..self }
+    }
+
     pub fn step(&self, now_ns: u64) -> Step {
         if self.left() == 0 {
             return Step::Done;
@@ -110,8 +115,11 @@ mod tests {
     const START: u64 = 5_000_000_000;
 
     /// Runs the schedule with a clock that oversleeps by `late_ns`; returns bursts as (time since start, count).
-    fn run(rate: u64, total: u64, mut late_ns: impl FnMut() -> u64) -> (Pacer, Vec<(u64, u64)>) {
-        let mut pacer = Pacer::new(rate, Some(total), START);
+    fn run(rate: u64, total: u64, late_ns: impl FnMut() -> u64) -> (Pacer, Vec<(u64, u64)>) {
+        drive(Pacer::new(rate, Some(total), START), late_ns)
+    }
+
+    fn drive(mut pacer: Pacer, mut late_ns: impl FnMut() -> u64) -> (Pacer, Vec<(u64, u64)>) {
         let mut now = START;
         let mut bursts = Vec::new();
         loop {
@@ -144,6 +152,14 @@ mod tests {
         assert!(bursts.iter().all(|&(_, count)| count <= 30), "{bursts:?}");
         assert!(bursts.len() <= 10_002, "{} wake-ups", bursts.len());
         assert!(pacer.behind_max_ns() <= TICK_NS);
+    }
+
+    #[test]
+    fn even_is_one_at_a_time_at_every_rate() {
+        let pacer = Pacer::new(300_000, Some(1_000), START).even();
+        let (_, bursts) = drive(pacer, || 0);
+        assert!(bursts.iter().all(|&(_, count)| count == 1), "{bursts:?}");
+        assert_eq!(bursts.len(), 1_000);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct SendPlan {
     pub sha256: bool,
     /// Whether what is due leaves by one `UDP_SEGMENT` send; for one destination only.
     pub segments: bool,
+    /// Whether each datagram leaves by itself, at its time and with its own stamp.
+    pub even: bool,
     pub run: u64,
 }
 
@@ -113,15 +115,18 @@ impl Sender {
     pub fn new(plan: SendPlan, socket: Socket) -> Self {
         let streams = plan.destinations.len() as u64;
         let (by, capacity) = match plan.destinations[..] {
+            [_] if plan.even => (SendBy::Connection, 1),
+            _ if plan.even => (SendBy::Destination, 1),
             [_] if plan.segments => (SendBy::Segments, MAX_BATCH.min(MAX_BYTES / plan.size)),
             [_] => (SendBy::Connection, BATCH),
             _ => (SendBy::Destination, BATCH),
         };
         let start_ns = clock::monotonic_ns();
         let total = plan.datagrams_per_stream().map(|count| count.saturating_mul(streams));
+        let pacer = Pacer::new(plan.rate.saturating_mul(streams), total, start_ns);
         Self {
             socket,
-            pacer: Pacer::new(plan.rate.saturating_mul(streams), total, start_ns),
+            pacer: if plan.even { pacer.even() } else { pacer },
             batch: SendBatch::new(capacity, plan.size, by),
             digests: if plan.sha256 { vec![Sha256::new(); plan.destinations.len()] } else { Vec::new() },
             sent: 0,
@@ -149,7 +154,10 @@ impl Sender {
             }
             match self.pacer.step(self.end_ns) {
                 Step::Done => return Ok(SendEnd::Done),
-                Step::SleepUntil(until_ns) => clock::sleep_until(until_ns.min(self.end_ns + NAP_NS)),
+                Step::SleepUntil(until_ns) => {
+                    let until_ns = until_ns.min(self.end_ns + NAP_NS);
+                    if self.plan.even { clock::spin_until(until_ns) } else { clock::sleep_until(until_ns) }
+                }
                 Step::Send(count) => {
                     let sent = self.send(count)?;
                     self.pacer.sent(sent, self.end_ns);

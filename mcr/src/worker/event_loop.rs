@@ -1,10 +1,6 @@
 //! The worker's one loop: drain the queues, relay, send, give the frames back; asleep when idle.
 
-use std::{
-    io,
-    ops::Range,
-    time::{Duration, Instant},
-};
+use std::{io, ops::Range, time::Instant};
 
 use libc::iovec;
 use mcr_common::parse::{Datagram, PAYLOAD_OFFSET, parse};
@@ -16,6 +12,7 @@ use crate::{
     worker::{
         LogFilter, Relaying, Supervisor,
         egress::UringEgress,
+        idling::Idling,
         ingress::{Frame, Ingress},
         ledger::Ledger,
         protocol::{Command, Report},
@@ -48,9 +45,7 @@ pub(crate) struct EventLoop<I> {
     begun: bool,
     /// Calls of `io_uring_enter` by former workers of this ledger.
     enters_before: u64,
-    busy_poll: Duration,
-    /// When the queues were found empty, while the worker still looks for frames.
-    idle_since: Option<Instant>,
+    idling: Idling,
     draining: bool,
 }
 
@@ -68,8 +63,7 @@ impl<I: Ingress> EventLoop<I> {
             log_filter,
             command_waits: false,
             begun: false,
-            busy_poll,
-            idle_since: None,
+            idling: Idling::new(busy_poll),
             draining: false,
         }
     }
@@ -88,23 +82,19 @@ impl<I: Ingress> EventLoop<I> {
                 return Ok(());
             }
             if busy {
-                self.idle_since = None;
+                self.idling.found();
                 self.complete()?;
             } else if self.draining {
                 self.read_statistics()?;
                 return Ok(());
-            } else if self.polls_busily() {
+            } else if self.idling.looks_on(Instant::now()) {
+                // To whatever else has work on this CPU.
+                std::thread::yield_now();
                 self.complete()?;
             } else {
                 self.sleep()?;
             }
         }
-    }
-
-    /// Whether the worker is to look for frames once more before it sleeps.
-    fn polls_busily(&mut self) -> bool {
-        !self.busy_poll.is_zero()
-            && self.idle_since.get_or_insert_with(Instant::now).elapsed() < self.busy_poll
     }
 
     /// Relays one batch of a queue. False if none waited.

@@ -5,6 +5,7 @@
 
 pub mod egress;
 mod event_loop;
+mod idling;
 pub mod ingress;
 pub mod ledger;
 pub mod protocol;
@@ -45,7 +46,7 @@ type LogFilter = reload::Handle<EnvFilter, tracing_subscriber::Registry>;
 /// What a worker relays with, wherever its frames come from.
 pub(crate) struct Relaying {
     pub ledger: Ledger,
-    pub busy_poll: Duration,
+    pub busy_poll: Option<Duration>,
     pub log_filter: LogFilter,
 }
 
@@ -128,7 +129,7 @@ fn start(supervisor: &mut Supervisor, log_filter: LogFilter) -> anyhow::Result<(
     if let Some(cpu) = setup.cpu {
         pin(cpu).with_context(|| format!("the worker cannot be pinned to CPU {cpu}"))?;
     }
-    let busy_poll = Duration::from_micros(setup.busy_poll_us.into());
+    let busy_poll = setup.busy_poll_us.map(|us| Duration::from_micros(us.into()));
     let relaying = Relaying { ledger, busy_poll, log_filter };
     let ledger = &relaying.ledger;
     match setup.ingress {

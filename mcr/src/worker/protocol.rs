@@ -61,7 +61,7 @@ pub struct Setup {
     pub ingress: Ingress,
     pub cpu: Option<u32>,
     /// How long an idle worker looks for frames before it sleeps.
-    pub busy_poll_us: u32,
+    pub busy_poll_us: Option<u32>,
     pub layout: Layout,
     pub log_level: String,
 }
