@@ -38,7 +38,7 @@ fn runs_reach_the_limits_of_the_kernel_and_keep_to_them() {
         ("a last one that is shorter", vec![1000, 1000, 999, 1000], 1),
         ("one that is longer", vec![1000, 1001, 1000], 1),
         ("empty ones between", vec![0, 0, 5, 0, 5, 5], 1),
-        ("more runs than the send table holds", (0..BATCH).map(|n| 1 + n % 2 * 9).collect(), 1),
+        ("more runs than the send table holds", (0..BATCH).map(|n| 1 + n % 2 * 9).collect(), 3),
     ] {
         let before = (worker.egress.ring.enters(), worker.ledger.output(SLOT).sent.get());
         worker.relay(given.iter().map(|&len| (0, len)));

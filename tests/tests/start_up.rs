@@ -68,11 +68,11 @@ fn frames_that_do_not_fit_are_refused_with_the_sum() {
         command.args(["--datapath", datapath, "--workers", workers]);
         command
     };
-    // One queue's UMEM takes 8 MiB of locked memory.
+    // One queue's UMEM takes 16 MiB of locked memory.
     let mut command = tight("af-xdp", "1");
     with_limit(&mut command, libc::RLIMIT_MEMLOCK, 4 << 20);
     without_capabilities(&mut command, &[CAP_IPC_LOCK]);
-    let sum = "1 RX queues x 4096 frames x 2048 bytes = 8.0 MiB";
+    let sum = "1 RX queues x 8192 frames x 2048 bytes = 16.0 MiB";
     check(&site, &mut command, &[sum, "the limit is 4.0 MiB", "CAP_IPC_LOCK", "LimitMEMLOCK"]);
     let mut command = tight("af-packet", "4");
     with_limit(&mut command, libc::RLIMIT_NOFILE, 200);

@@ -122,14 +122,14 @@ mod tests {
     fn says_what_does_not_fit_with_its_sum() {
         let limits = |locked_bytes, memory_bytes| HostLimits { locked_bytes, memory_bytes, descriptors: 400 };
         let two_queues = umems(2, 2048);
-        assert_eq!(two_queues.bytes, 16 << 20);
+        assert_eq!(two_queues.bytes, 32 << 20);
         assert_eq!(limits(None, GIB).check(&two_queues, 0, 0), Ok(()));
-        assert_eq!(limits(Some(16 << 20), GIB).check(&two_queues, 0, 0), Ok(()));
-        let locked = limits(Some(16 << 20), GIB).check(&two_queues, 1 << 20, 0).unwrap_err().to_string();
-        assert!(locked.contains("2 RX queues x 4096 frames x 2048 bytes = 16.0 MiB"), "{locked}");
-        assert!(locked.contains("with 1.0 MiB already locked, and the limit is 16.0 MiB"), "{locked}");
+        assert_eq!(limits(Some(32 << 20), GIB).check(&two_queues, 0, 0), Ok(()));
+        let locked = limits(Some(32 << 20), GIB).check(&two_queues, 1 << 20, 0).unwrap_err().to_string();
+        assert!(locked.contains("2 RX queues x 8192 frames x 2048 bytes = 32.0 MiB"), "{locked}");
+        assert!(locked.contains("with 1.0 MiB already locked, and the limit is 32.0 MiB"), "{locked}");
         let memory = limits(None, GIB).check(&two_queues, 0, GIB).unwrap_err().to_string();
-        assert!(memory.contains("16.0 MiB, with 1024.0 MiB already taken"), "{memory}");
+        assert!(memory.contains("32.0 MiB, with 1024.0 MiB already taken"), "{memory}");
 
         let rings = rings(4, af_packet::ring(1500));
         assert_eq!(limits(Some(0), GIB).check(&rings, 0, 0), Ok(()), "rings are not locked");

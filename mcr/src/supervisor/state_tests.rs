@@ -1261,12 +1261,12 @@ fn frames_that_do_not_fit_are_refused_with_the_sum() {
     };
     let mic = || rule("mic", "239.1.1.2:5000@eth1", &["239.2.2.2:7000@eth2"]);
     // One queue fits, two more do not.
-    let mut supervisor = with(host(Some(16 << 20), 1 << 32));
+    let mut supervisor = with(host(Some(32 << 20), 1 << 32));
     assert_eq!(supervisor.add(cam())[1], "attach eth0");
     assert_eq!(supervisor.add(mic())[..2], ["prepare eth1", "fanout eth1 x1"]);
     let why = supervisor.state.no_xdp(&interface("eth1")).unwrap();
     assert!(
-        why.contains("2 RX queues x 4096 frames x 2048 bytes = 16.0 MiB, with 8.0 MiB already locked"),
+        why.contains("2 RX queues x 8192 frames x 2048 bytes = 32.0 MiB, with 16.0 MiB already locked"),
         "{why}"
     );
     assert_eq!(supervisor.problem("mic"), None);

@@ -83,7 +83,7 @@ impl AfXdpQueue {
     ) -> Result<Self, AfXdpError> {
         let size = |what: &str, n: u32| AfXdpError::Size { what: format!("{what} {n}") };
         let fill_ring = QueueSize::new(2 * frames).map_err(|_| size("ring of", 2 * frames))?;
-        let rx_ring = QueueSize::new((frames / 2).max(1)).map_err(|_| size("ring of", frames / 2))?;
+        let rx_ring = QueueSize::new(frames).map_err(|_| size("ring of", frames))?;
         let unused = QueueSize::new(2).map_err(|_| size("ring of", 2))?;
         let count = NonZeroU32::new(frames).ok_or_else(|| size("UMEM of", frames))?;
         let chunk = FrameSize::new(chunk_bytes).map_err(|_| size("chunk of", chunk_bytes))?;
