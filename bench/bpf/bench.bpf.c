@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
-// The bench's own programs: a generator of frames, a sink that counts, and the ceiling: a relay that does nothing.
+// The bench's own programs: a generator of frames, a sink that counts, one that looks at the time between
+// arrivals, and the ceiling: a relay that does nothing.
 //
 // Helpers and types are declared by hand, so that no headers but the compiler's are needed.
 
@@ -15,6 +16,7 @@ typedef unsigned long long u64;
 
 static void *(*map_lookup_elem)(void *map, const void *key) = (void *)1;
 static u64 (*ktime_get_ns)(void) = (void *)5;
+static u64 (*ktime_get_tai_ns)(void) = (void *)208;
 static long (*redirect)(u32 ifindex, u64 flags) = (void *)23;
 
 enum { MAP_TYPE_ARRAY = 2, MAP_TYPE_PERCPU_ARRAY = 6 };
@@ -45,6 +47,8 @@ const volatile u32 first_group = 0;
 const volatile u32 destination_port = 0;
 const volatile u32 payload_bytes = 0;
 const volatile u32 streams = 1;
+const volatile u32 burst_gap_ns = 0;
+const volatile u32 tai_offset_seconds = 0;
 
 // One CPU runs the generator, with softirqs off: no two write at a time.
 struct generator {
@@ -81,6 +85,38 @@ struct {
     TYPE(key, u32);
     TYPE(value, struct arrivals);
 } arrived SEC(".maps");
+
+// Four buckets an octave: value v is in bucket 4 e + m, where e and m are its exponent and the two bits below the
+// leading one; values below 4 are in the buckets 0 to 3.
+enum { BUCKETS = 256 };
+
+// How arrivals follow one another: gaps in ns between two, and the lengths of bursts, which are datagrams less than
+// burst_gap_ns apart.
+struct spacing {
+    u64 last_ns;
+    u64 burst;
+    u64 gaps[BUCKETS];
+    u64 bursts[BUCKETS];
+};
+
+struct {
+    UINT(type, MAP_TYPE_PERCPU_ARRAY);
+    UINT(max_entries, 1);
+    TYPE(key, u32);
+    TYPE(value, struct spacing);
+} spacings SEC(".maps");
+
+// How long ago arrivals were sent, in ns, by the stamp in the payload of `mcr gen`.
+struct delays {
+    u64 buckets[BUCKETS];
+};
+
+struct {
+    UINT(type, MAP_TYPE_PERCPU_ARRAY);
+    UINT(max_entries, 1);
+    TYPE(key, u32);
+    TYPE(value, struct delays);
+} delays SEC(".maps");
 
 INLINE u16 big16(u16 value) { return __builtin_bswap16(value); }
 INLINE u32 big32(u32 value) { return __builtin_bswap32(value); }
@@ -171,6 +207,70 @@ SEC("xdp") int count(struct xdp_md *context)
     arrivals->bytes += context->data_end - context->data;
     if (!arrivals->first_ns)
         arrivals->first_ns = ktime_get_ns();
+    return DROP;
+}
+
+INLINE u64 bucket(u64 value)
+{
+    u64 rest = value;
+    u32 exponent = 0;
+
+    if (rest < 4)
+        return rest;
+    for (u32 step = 32; step; step >>= 1) {
+        if (rest >> step) {
+            rest >>= step;
+            exponent += step;
+        }
+    }
+    return 4 * exponent + (value >> (exponent - 2) & 3);
+}
+
+INLINE void record(u64 *buckets, u64 value)
+{
+    u64 index = bucket(value);
+
+    // The verifier is to see what the compiler knows.
+    asm volatile("%0 &= 255" : "+r"(index));
+    buckets[index]++;
+}
+
+SEC("xdp") int space(struct xdp_md *context)
+{
+    u32 key = 0;
+    struct spacing *spacing;
+
+    if (!is_udp(context))
+        return PASS;
+    spacing = map_lookup_elem(&spacings, &key);
+    if (!spacing)
+        return ABORTED;
+    u64 now = ktime_get_ns(), gap = now - spacing->last_ns;
+    if (spacing->last_ns) {
+        record(spacing->gaps, gap);
+        if (gap >= burst_gap_ns) {
+            record(spacing->bursts, spacing->burst);
+            spacing->burst = 0;
+        }
+    }
+    spacing->last_ns = now;
+    spacing->burst++;
+    return DROP;
+}
+
+SEC("xdp") int delay(struct xdp_md *context)
+{
+    u64 *sent = (void *)(u64)context->data + HEADERS + 32;
+    u32 key = 0;
+    struct delays *found;
+    u64 now = ktime_get_tai_ns() - tai_offset_seconds * 1000000000ull;
+
+    if (!is_udp(context) || (void *)(sent + 1) > (void *)(u64)context->data_end)
+        return PASS;
+    found = map_lookup_elem(&delays, &key);
+    if (!found)
+        return ABORTED;
+    record(found->buckets, now - __builtin_bswap64(*sent));
     return DROP;
 }
 

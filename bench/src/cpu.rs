@@ -1,12 +1,16 @@
 //! Which CPU does what, and how much of it was used.
 
-use std::{fs, time::Duration};
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::{Pid, SysconfVar, sysconf},
 };
+use serde::Serialize;
 
 /// Generators and receivers; with them what the kernel does on arrival at the relay.
 pub const SOURCE_CPU: usize = 0;
@@ -14,7 +18,7 @@ pub const SOURCE_CPU: usize = 0;
 pub const RELAY_CPU: usize = 1;
 
 pub fn ensure_enough() -> Result<()> {
-    let cpus = std::thread::available_parallelism().context("number of CPUs")?.get();
+    let cpus = thread::available_parallelism().context("number of CPUs")?.get();
     ensure!(cpus >= 2, "two CPUs are needed, one for the source and one for the relay: there is {cpus}");
     Ok(())
 }
@@ -24,6 +28,36 @@ pub fn pin(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu).context("a CPU's number")?;
     sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("pin to CPU {cpu}"))
+}
+
+/// How a CPU stood still for a thread that had it for itself: its machine's other guests, or its firmware.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Stalls {
+    /// Stalls longer than a tenth of a millisecond, of the time that was looked at.
+    pub percent: f64,
+    pub longest_us: u128,
+}
+
+/// Watches the clock on the relay's CPU.
+pub fn stalls(time: Duration) -> Result<Stalls> {
+    const STALL: Duration = Duration::from_micros(100);
+    let watch = thread::spawn(move || {
+        pin(RELAY_CPU)?;
+        let start = Instant::now();
+        let (mut last, mut stalled, mut longest) = (start, Duration::ZERO, Duration::ZERO);
+        while last - start < time {
+            let now = Instant::now();
+            let gap = now - last;
+            longest = longest.max(gap);
+            if gap > STALL {
+                stalled += gap;
+            }
+            last = now;
+        }
+        let percent = stalled.as_secs_f64() / (last - start).as_secs_f64() * 100.0;
+        Ok(Stalls { percent, longest_us: longest.as_micros() })
+    });
+    watch.join().expect("the watch does not panic")
 }
 
 /// Time that both CPUs together were busy since the machine started.

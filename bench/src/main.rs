@@ -3,6 +3,7 @@
 //! Everything happens in network namespaces that the bench makes itself, and is gone afterwards.
 
 mod bench;
+mod buckets;
 mod cases;
 mod cpu;
 mod daemon;
@@ -65,14 +66,18 @@ fn run(args: Args) -> Result<()> {
 
     let cases = if args.case.is_empty() { Case::value_variants() } else { &args.case };
     let bench = Bench::new(mcr, args.quick)?;
-    let machine = Machine::this(args.quick, others_busy(&bench)?);
-    let Machine { kernel, cpu, cpus, date, commit, others_busy, .. } = &machine;
+    let machine = Machine::this(args.quick, others_busy(&bench)?, cpu::stalls(WATCH)?);
+    let Machine { kernel, cpu, cpus, date, commit, others_busy, stalls, .. } = &machine;
     bench.say(&format!("mcr {commit}, Linux {kernel}, {cpu}, {cpus} CPUs, {date}"));
     if *others_busy > QUIET {
         bench.say(&format!(
             "others keep {others_busy:.1} CPUs busy: let the machine rest for figures that hold"
         ));
     }
+    bench.say(&format!(
+        "CPU {} stood still for {:.1} % of {WATCH:?}, at most {} us at a time: no latency is sure to be below that",
+        cpu::RELAY_CPU, stalls.percent, stalls.longest_us
+    ));
     let mut figures = Figures::default();
     for &case in cases {
         let name = case.name();
@@ -89,6 +94,9 @@ fn run(args: Args) -> Result<()> {
     println!("results: {}", output.join("results.json").display());
     Ok(())
 }
+
+/// How long it is looked how steady the machine is.
+const WATCH: Duration = Duration::from_secs(2);
 
 /// CPUs that others may use without a word.
 const QUIET: f64 = 0.1;

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::{
     cases::Case,
+    cpu,
     figures::{DELIVERED, Figure, Figures, Subject, Unit},
     systems::System,
     targets::{self, Finding, Judgement, Verdict},
@@ -25,10 +26,12 @@ pub struct Machine {
     pub quick: bool,
     /// CPUs of two that others kept busy before anything was measured.
     pub others_busy: f64,
+    /// Of the relay's CPU, before anything was measured.
+    pub stalls: cpu::Stalls,
 }
 
 impl Machine {
-    pub fn this(quick: bool, others_busy: f64) -> Self {
+    pub fn this(quick: bool, others_busy: f64, stalls: cpu::Stalls) -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let cpu_info = read("/proc/cpuinfo");
         let model = cpu_info.lines().find(|line| line.starts_with("model name"));
@@ -40,6 +43,7 @@ impl Machine {
             commit: commit().unwrap_or_default(),
             quick,
             others_busy,
+            stalls,
         }
     }
 }

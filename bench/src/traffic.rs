@@ -45,6 +45,11 @@ impl Stream {
         self.send_so(bench, site, time, how)
     }
 
+    /// Sends for some time, each datagram by itself at its time; how many went out.
+    pub fn send_evenly(self, bench: &Bench, site: &Site, time: Duration) -> Result<u64> {
+        self.send_so(bench, site, time, &["--even"])
+    }
+
     fn send_so(self, bench: &Bench, site: &Site, time: Duration, how: &[&str]) -> Result<u64> {
         let mut command = self.command(bench, site);
         command.args(["--seconds", &time.as_secs_f64().to_string(), "--json"]).args(how);
@@ -61,7 +66,7 @@ impl Stream {
         command.args(["recv", &endpoint(at, SINK), "--json"]);
         let mut receiver = Process::spawn(&mut command);
         receiver.wait_for_stderr("listening on", patience(time));
-        let sent = self.send_so(bench, site, time, &["--even"])?;
+        let sent = self.send_evenly(bench, site, time)?;
         // What waits in queues.
         bench.pause(Duration::from_millis(300))?;
         receiver.signal(Signal::SIGINT);

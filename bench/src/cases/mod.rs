@@ -1,5 +1,6 @@
 //! What is measured: one file for each group of cases.
 
+mod bursts;
 mod footprint;
 mod overload;
 mod paced;
@@ -24,7 +25,9 @@ pub enum Case {
     Rules,
     /// At 10 k/s and 150 k/s, and without a relay
     Latency,
-    /// Loss at 250 k/s and 500 k/s, and the highest rate without
+    /// How evenly datagrams leave that came evenly
+    Bursts,
+    /// Loss at 250 k/s and 500 k/s, the highest rate without, and latency at 50 % and 90 % of it
     Lossless,
     /// Three relays in a row at 150 k/s and 250 k/s
     Chain,
@@ -50,8 +53,16 @@ impl Case {
             Self::Saturation | Self::Fanout | Self::Streams | Self::Rules => {
                 "source: BPF, as fast as it goes; sink: an XDP program that counts and drops"
             }
-            Self::Latency => "source: mcr gen; sink: mcr recv, by the kernel's receive stamp",
-            Self::Lossless | Self::Chain => {
+            Self::Latency => "source: mcr gen --even; sink: mcr recv, by the kernel's receive stamp",
+            Self::Bursts => {
+                "source: mcr gen --even; sink: an XDP program that looks at the time between arrivals; a burst are \
+                 datagrams that follow one another within half the time between two that are sent"
+            }
+            Self::Lossless => {
+                "source: mcr gen, above 200 k/s with GSO, what is due within 100 us at once; sink: an XDP program that \
+                 counts and drops, for latencies one that looks at the stamp"
+            }
+            Self::Chain => {
                 "source: mcr gen, above 200 k/s with GSO; sink: an XDP program that counts and drops"
             }
             Self::Overload => "source: BPF, paced; sink: an XDP program that counts and drops",
@@ -70,6 +81,7 @@ impl Case {
             Self::Streams => saturation::streams(bench, figures),
             Self::Rules => saturation::rules(bench, figures),
             Self::Latency => paced::latency(bench, figures),
+            Self::Bursts => bursts::bursts(bench, figures),
             Self::Lossless => paced::lossless(bench, figures),
             Self::Chain => paced::chain(bench, figures),
             Self::Overload => overload::overload(bench, figures),

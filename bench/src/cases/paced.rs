@@ -3,14 +3,22 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use aya::{
+    Ebpf,
+    maps::{MapData, PerCpuArray},
+};
+use hdrhistogram::Histogram;
+use nix::time::{ClockId, clock_gettime};
 
 use crate::{
     bench::Bench,
+    buckets::{self, Buckets, at},
     cases::saturation::PAYLOAD,
     daemon::{Daemon, IN_PORT, OUT_PORT, group_in, group_out},
     figures::{Figures, LOST, SENT, Subject, Unit, metric},
+    programs,
     sink::Sink,
-    site::Site,
+    site::{SINK, Site},
     systems::{System, Work},
     traffic::Stream,
 };
@@ -39,7 +47,7 @@ pub fn latency(bench: &Bench, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Loss at fixed rates, and the highest rate without loss, found as RFC 2544 does.
+/// Loss at fixed rates, the highest rate without loss, found as RFC 2544 does, and how late datagrams are below it.
 pub fn lossless(bench: &Bench, figures: &mut Figures) -> Result<()> {
     const SYSTEMS: [System; 4] = [System::AfXdp, System::AfPacket, System::Socat, System::KernelRouting];
     for round in 1..=bench.rounds() {
@@ -61,9 +69,42 @@ pub fn lossless(bench: &Bench, figures: &mut Figures) -> Result<()> {
                 Trial::run(bench, &site, &sink, rate)
             })?;
             figures.add(subject, metric("highest lossless", Unit::PerSecond), highest);
+            drop(sink);
+            for percent in [50, 90] {
+                let variant = format!("at {percent} %");
+                let subject = Subject { variant: &variant, ..subject };
+                bench.doing(&format!("lossless {variant}, round {round}: {}", system.name()));
+                let sink = DelaySink::attach(&site)?;
+                let rate = (highest * f64::from(percent) / 100.0) as u32;
+                stream(rate.max(1000)).send(bench, &site, trial(bench))?;
+                let delays = sink.read()?;
+                figures.add(subject, metric("p50", Unit::Microseconds), at(&delays, 0.5) / 1e3);
+                figures.add(subject, metric("p99", Unit::Microseconds), at(&delays, 0.99) / 1e3);
+            }
         }
     }
     Ok(())
+}
+
+/// A sink that looks at how long ago a datagram was sent.
+struct DelaySink {
+    delays: PerCpuArray<MapData, Buckets>,
+    _attached: Ebpf,
+}
+
+impl DelaySink {
+    fn attach(site: &Site) -> Result<Self> {
+        // The clock of the stamps is none that BPF knows, but differs from one by whole seconds.
+        let [tai, real] = [ClockId::CLOCK_TAI, ClockId::CLOCK_REALTIME].map(clock_gettime);
+        let offset = Duration::from(tai?).as_secs_f64() - Duration::from(real?).as_secs_f64();
+        let globals = [("tai_offset_seconds", offset.round() as u32)];
+        let mut ebpf = programs::attach("delay", &globals, &site.sink, SINK)?;
+        Ok(Self { delays: programs::per_cpu_array(&mut ebpf, "delays")?, _attached: ebpf })
+    }
+
+    fn read(&self) -> Result<Histogram<u64>> {
+        buckets::histogram(self.delays.get(&0, 0)?.iter())
+    }
 }
 
 /// Three relays in a row, their workers on one CPU.
@@ -95,11 +136,11 @@ pub fn chain(bench: &Bench, figures: &mut Figures) -> Result<()> {
 }
 
 /// To the group that every system relays.
-fn stream(rate: u32) -> Stream {
+pub fn stream(rate: u32) -> Stream {
     Stream { to: (group_in(0), IN_PORT), rate, payload: PAYLOAD }
 }
 
-fn trial(bench: &Bench) -> Duration {
+pub fn trial(bench: &Bench) -> Duration {
     Duration::from_millis(if bench.quick { 700 } else { 2000 })
 }
 

@@ -29,6 +29,7 @@ use crate::{
 /// Without --count and --seconds it sends until SIGINT or SIGTERM. It ends with a summary; `sent` is what the kernel
 /// accepted. Exit status: 0 all sent, 1 fewer than asked for.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub struct Args {
     /// Group or host: ADDRESS:PORT@INTERFACE[,ttl=N][,dscp=N][,from=ADDRESS[:PORT]][,loop=true].
     ///

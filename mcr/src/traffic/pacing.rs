@@ -50,6 +50,7 @@ impl Pacer {
     }
 
     /// As it is, but each datagram has a wake-up of its own.
+    #[must_use]
     pub fn even(self) -> Self {
         Self { per_tick: 1, ..self }
     }

@@ -95,13 +95,13 @@ mod tests {
 
     #[test]
     fn looks_on_where_frames_come_soon() {
-        let (_, slept) = idle(Idling::new(None), [7; 10_000]);
+        let (_, slept) = idle(Idling::new(None), std::iter::repeat_n(7, 10_000));
         assert!(slept <= RARELY, "{slept}");
     }
 
     #[test]
     fn sleeps_where_they_come_late_and_looks_on_in_vain_for_little_time() {
-        let (looked, slept) = idle(Idling::new(None), [100; 10_000]);
+        let (looked, slept) = idle(Idling::new(None), std::iter::repeat_n(100, 10_000));
         assert_eq!(slept, 10_000);
         assert!(looked < Duration::from_millis(1_000 / 100), "{looked:?} of a second");
     }
