@@ -17,6 +17,7 @@ use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
 
 use crate::{
     Capture, Ground, Namespace, RawSender, Scratch, Udp,
+    deprive::NOBODY,
     wait::{PATIENCE, wait_until},
 };
 
@@ -85,7 +86,10 @@ impl Site {
     /// Builds the namespaces and waits until each bridge forwards by membership.
     #[track_caller]
     pub fn build(plan: Plan) -> Self {
-        let scratch = Scratch::make();
+        let scratch = match plan.ground {
+            Ground::OrdinaryUser => Scratch::of_user(NOBODY),
+            _ => Scratch::make(),
+        };
         let relay = Namespace::new("relay");
         // Strict: what comes from where no route leads is dropped by the host itself.
         relay.sysctl("ipv4/conf/all/rp_filter", "1");
@@ -145,7 +149,7 @@ impl Segment {
         let queues = plan.queues;
         // The end of the segment's cable, which is the ingress interface or lies below it.
         let end = match plan.ground {
-            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf => interface.clone(),
+            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => interface.clone(),
             Ground::Bridge | Ground::Macvlan => format!("low{k}"),
         };
 
@@ -178,7 +182,7 @@ impl Segment {
             &format!("route add 224.0.0.0/4 dev {ETH}"),
         ]);
         match plan.ground {
-            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf => {}
+            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => {}
             Ground::Bridge => {
                 relay.ip(&[
                     &format!("link add {interface} type bridge mcast_snooping 0"),
