@@ -193,7 +193,7 @@ impl Segment {
             }
             Ground::Macvlan => relay.ip(&[
                 &format!("link set {end} up"),
-                &format!("link add {interface} link {end} type macvlan mode private"),
+                &format!("link add {interface} link {end} type macvlan mode private bcqueuelen 20000"),
             ]),
         }
         relay.ip(&[
