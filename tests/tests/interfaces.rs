@@ -385,6 +385,22 @@ tests::without_bpf!(
     an_ingress_link_goes_down_and_up,
 );
 
+#[test]
+fn an_mtu_too_large_for_af_xdp_moves_a_rule_of_auto_and_a_smaller_one_moves_it_back() {
+    let site = two_by_two();
+    let relay = Relay::start(&site);
+    let mut play = Play::start_both(&site, &relay);
+    for (mtu, datapath) in [(9000, "af-packet"), (1500, "af-xdp")] {
+        let changed = Instant::now();
+        play.ip(&[&format!("link set in0 mtu {mtu}")]);
+        wait_until("the rule moves", PATIENCE, || relay.show("struck").datapath.as_deref() == Some(datapath));
+        let before = play.sinks[0].count(STRUCK);
+        play.is_back(&format!("MTU {mtu}"), changed, before);
+        relay.wait_until_active("struck");
+    }
+    play.end();
+}
+
 /// A veth's queues decide on AF_XDP workers alone.
 #[test]
 fn another_number_of_rx_queues_is_taken_up_within_a_second() {
@@ -508,10 +524,10 @@ impl<'a> FanOut<'a> {
         self.relay.wait_until_active("cam1");
     }
 
-    /// Ends the streams: nothing but the struck output has lost anything, and what that lost is counted. Answers
-    /// what it sent and what of it arrived.
+    /// Ends the streams: nothing but the struck output has lost anything, and what that lost is counted by this
+    /// reason. Answers what it sent and what of it arrived.
     #[track_caller]
-    fn finish(self) -> (u64, usize) {
+    fn finish(self, reason: &str) -> (u64, usize) {
         let Self { site, relay, source, other, mut struck, mut spared, mut third, seen } = self;
         let (sent, other) = (source.stop(), other.stop());
         let stats = relay.balanced("cam1", sent);
@@ -523,8 +539,8 @@ impl<'a> FanOut<'a> {
         assert_eq!(output.received, sent);
         // Until the relay hears of it, the kernel refuses by names of its own.
         let refused = ["unreachable", "queue_full", "send_failed"];
-        let known = |reason: &str| reason == "pending" || refused.contains(&reason);
-        assert!(output.dropped.keys().all(|reason| known(reason)), "{output:?}");
+        let known = |name: &String| name == reason || refused.contains(&name.as_str());
+        assert!(output.dropped.contains_key(reason) && output.dropped.keys().all(known), "{output:?}");
         let early: u64 = refused.iter().filter_map(|reason| output.dropped.get(*reason)).sum();
         assert!(early < 500, "a tenth of a second of datagrams: {output:?}");
         println!("dropped, {:?}: {:?}", site.ground, output.dropped);
@@ -556,7 +572,7 @@ fn an_egress_interface_that_is_deleted_and_made_anew_sends_again() {
         fan_out.resumes_when("egress made anew", |fan_out| fan_out.ip(&["link set out0 up"]));
         wait_until_holding(&site, &relay, &busy);
     }
-    let (sent, arrived) = fan_out.finish();
+    let (sent, arrived) = fan_out.finish("pending");
     // What lay between the ends of the veth when it was deleted is gone with it.
     assert!(arrived as u64 <= sent, "{arrived} of {sent}");
 }
@@ -612,7 +628,7 @@ fn an_egress_interface_that_loses_its_address_sends_from_the_next() {
     let port = sources[0].port();
     let expected = ["10.78.0.1", "10.78.0.9", "10.79.0.1"];
     assert_eq!(sources, expected.map(|address| SocketAddrV4::new(address.parse().unwrap(), port)));
-    let (sent, arrived) = fan_out.finish();
+    let (sent, arrived) = fan_out.finish("pending");
     assert_eq!(arrived as u64, sent);
 }
 
@@ -629,7 +645,7 @@ fn an_egress_link_goes_down_and_up() {
         fan_out.resumes_when(what, |_| host.ip(&[&format!("link set {interface} up")]));
         wait_until_holding(&site, &relay, &busy);
     }
-    let (sent, arrived) = fan_out.finish();
+    let (sent, arrived) = fan_out.finish("pending");
     assert!(arrived as u64 <= sent, "{arrived} of {sent}");
 }
 
@@ -646,11 +662,25 @@ fn an_egress_interface_is_renamed_away_and_back() {
         fan_out.ip(&["link set out0 up"]);
     });
     wait_until_holding(&site, &relay, &busy);
-    let (sent, arrived) = fan_out.finish();
+    let (sent, arrived) = fan_out.finish("pending");
+    assert_eq!(arrived as u64, sent);
+}
+
+fn another_mtu_of_an_egress_interface_is_taken_up() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    let mut fan_out = FanOut::start(&site, &relay);
+    fan_out.ip(&["link set out0 mtu 1000"]);
+    wait_until("what is too big is counted", PATIENCE, || {
+        relay.rule("cam1").outputs[0].dropped.get("too_big").is_some_and(|count| *count > 500)
+    });
+    fan_out.resumes_when("egress MTU", |fan_out| fan_out.ip(&["link set out0 mtu 1500"]));
+    let (sent, arrived) = fan_out.finish("too_big");
     assert_eq!(arrived as u64, sent);
 }
 
 tests::on_both_datapaths!(
+    another_mtu_of_an_egress_interface_is_taken_up,
     an_egress_interface_that_is_deleted_and_made_anew_sends_again,
     an_output_waits_for_an_egress_interface_that_appears_later,
     an_egress_interface_that_loses_its_address_sends_from_the_next,
