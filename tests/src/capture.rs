@@ -63,8 +63,13 @@ impl Capture {
     /// Everything so far.
     #[track_caller]
     pub fn all(&mut self) -> &[Captured] {
-        while let Ok(len) = self.socket.read(&mut self.buffer) {
-            dissect(&self.buffer[..len], &mut self.datagrams);
+        loop {
+            match self.socket.read(&mut self.buffer) {
+                Ok(len) => dissect(&self.buffer[..len], &mut self.datagrams),
+                // Said once when the interface goes down; what came before is still there.
+                Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => {}
+                Err(_) => break,
+            }
         }
         assert_eq!(missed(&self.socket), 0, "the capture itself lost frames");
         &self.datagrams

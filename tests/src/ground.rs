@@ -74,6 +74,19 @@ macro_rules! on_every_ground {
     };
 }
 
+/// Makes tests of functions, one for each datapath.
+#[macro_export]
+macro_rules! on_both_datapaths {
+    ($($test:ident),* $(,)?) => {
+        mod by_af_xdp {
+            $(#[test] fn $test() { tests::Ground::Veth.run(super::$test); })*
+        }
+        mod by_af_packet {
+            $(#[test] fn $test() { tests::Ground::PlainVeth.run(super::$test); })*
+        }
+    };
+}
+
 /// Makes tests of functions, for a daemon that may load no eBPF.
 #[macro_export]
 macro_rules! without_bpf {

@@ -55,6 +55,8 @@ pub struct Segment {
     /// The relay's interface and its address there.
     pub interface: String,
     pub relay_address: Ipv4Addr,
+    k: u8,
+    plan: Plan,
 }
 
 /// An egress link and the host at its end.
@@ -142,65 +144,89 @@ impl Segment {
     fn build(relay: &Namespace, k: u8, plan: Plan) -> Self {
         let source = Namespace::new("src");
         let bridge = Namespace::new("bridge");
-        let interface = format!("in{k}");
         let net = |host| Ipv4Addr::new(10, 77, k, host);
         let (relay_address, prefix) = (net(1), if plan.source_address.is_some() { 32 } else { 24 });
         let source_address = plan.source_address.unwrap_or(net(2));
-        let queues = plan.queues;
-        // The end of the segment's cable, which is the ingress interface or lies below it.
-        let end = match plan.ground {
-            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => interface.clone(),
-            Ground::Bridge | Ground::Macvlan => format!("low{k}"),
-        };
 
         bridge.ip(&[
             "link add br0 type bridge mcast_snooping 1 mcast_igmp_version 3 \
              mcast_query_response_interval 10 mcast_last_member_interval 10",
             &format!("link add name src type veth peer name {ETH} netns {}", source.name()),
-            &format!(
-                "link add name relay numrxqueues {queues} numtxqueues {queues} type veth \
-                 peer name {end} numrxqueues {queues} numtxqueues {queues} netns {}",
-                relay.name()
-            ),
             "link set src master br0 up",
-            "link set relay master br0 up",
             &format!("addr add {}/24 dev br0", net(254)),
             "link set br0 up",
             // In the command that makes the bridge, the querier would count after ten seconds only.
             "link set br0 type bridge mcast_querier 1",
         ]);
-        // Nothing that no one joined leaves the bridge, and what everyone left stops at once.
-        bridge.bridge(&[
-            "link set dev src mcast_flood off",
-            "link set dev relay mcast_flood off",
-            "link set dev src fastleave on",
-            "link set dev relay fastleave on",
-        ]);
+        bridge.bridge(&["link set dev src mcast_flood off", "link set dev src fastleave on"]);
         source.ip(&[
             &format!("addr add {source_address}/{prefix} dev {ETH}"),
             &format!("link set {ETH} up"),
             &format!("route add 224.0.0.0/4 dev {ETH}"),
         ]);
-        match plan.ground {
-            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => {}
-            Ground::Bridge => {
-                relay.ip(&[
-                    &format!("link add {interface} type bridge mcast_snooping 0"),
-                    &format!("link set {end} master {interface} up"),
-                ]);
-                // Where the kernel has it, it drops what lies about its length before anybody sees it.
-                relay.sysctl_if_there("bridge/bridge-nf-call-iptables", "0");
-            }
+        if plan.ground == Ground::Bridge {
+            // Where the kernel has it, it drops what lies about its length before anybody sees it.
+            relay.sysctl_if_there("bridge/bridge-nf-call-iptables", "0");
+        }
+        let segment =
+            Self { source, source_address, bridge, interface: format!("in{k}"), relay_address, k, plan };
+        if segment.has_interface_above() {
+            segment.lay_cable(relay);
+        }
+        segment.plug(relay);
+        relay.ip(&[&format!("link set {} up", segment.interface)]);
+        segment
+    }
+
+    /// Whether the ingress interface is one above the end of the segment's cable.
+    fn has_interface_above(&self) -> bool {
+        matches!(self.plan.ground, Ground::Bridge | Ground::Macvlan)
+    }
+
+    /// The end of the segment's cable, which is the ingress interface or lies below it.
+    fn end(&self) -> String {
+        if self.has_interface_above() { format!("low{}", self.k) } else { self.interface.clone() }
+    }
+
+    /// Ties the bridge to the relay host.
+    fn lay_cable(&self, relay: &Namespace) {
+        let (queues, end) = (self.plan.queues, self.end());
+        self.bridge.ip(&[
+            &format!(
+                "link add name relay numrxqueues {queues} numtxqueues {queues} type veth \
+                 peer name {end} numrxqueues {queues} numtxqueues {queues} netns {}",
+                relay.name()
+            ),
+            "link set relay master br0 up",
+        ]);
+        // Nothing that no one joined leaves the bridge, and what everyone left stops at once.
+        self.bridge.bridge(&["link set dev relay mcast_flood off", "link set dev relay fastleave on"]);
+    }
+
+    /// Makes the ingress interface, with its address; it is down.
+    #[track_caller]
+    pub fn plug(&self, relay: &Namespace) {
+        let (interface, end) = (&self.interface, self.end());
+        match self.plan.ground {
+            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => {
+                self.lay_cable(relay);
+            },
+            Ground::Bridge => relay.ip(&[
+                &format!("link add {interface} type bridge mcast_snooping 0"),
+                &format!("link set {end} master {interface} up"),
+            ]),
             Ground::Macvlan => relay.ip(&[
                 &format!("link set {end} up"),
                 &format!("link add {interface} link {end} type macvlan mode private bcqueuelen 20000"),
             ]),
         }
-        relay.ip(&[
-            &format!("addr add {relay_address}/24 dev {interface}"),
-            &format!("link set {interface} up"),
-        ]);
-        Self { source, source_address, bridge, interface, relay_address }
+        relay.ip(&[&format!("addr add {}/24 dev {interface}", self.relay_address)]);
+    }
+
+    /// Deletes the ingress interface; a veth takes its end at the bridge along.
+    #[track_caller]
+    pub fn unplug(&self, relay: &Namespace) {
+        relay.ip(&[&format!("link del {}", self.interface)]);
     }
 
     fn wait_until_snooping(&self, relay: &Namespace) {
@@ -292,20 +318,31 @@ impl Segment {
 
 impl Sink {
     fn build(relay: &Namespace, k: u8) -> Self {
-        let host = Namespace::new("sink");
-        let interface = format!("out{k}");
         let (relay_address, address) = (Ipv4Addr::new(10, 78, k, 1), Ipv4Addr::new(10, 78, k, 2));
+        let sink =
+            Self { host: Namespace::new("sink"), address, interface: format!("out{k}"), relay_address };
+        sink.plug(relay);
+        relay.ip(&[&format!("link set {} up", sink.interface)]);
+        sink
+    }
+
+    /// Makes the egress link, with the addresses at its ends; the relay's is down.
+    #[track_caller]
+    pub fn plug(&self, relay: &Namespace) {
+        let Self { host, address, interface, relay_address } = self;
         host.ip(&[
             &format!("link add name {ETH} type veth peer name {interface} netns {}", relay.name()),
             &format!("addr add {address}/24 dev {ETH}"),
             &format!("link set {ETH} up"),
             &format!("route add 224.0.0.0/4 dev {ETH}"),
         ]);
-        relay.ip(&[
-            &format!("addr add {relay_address}/24 dev {interface}"),
-            &format!("link set {interface} up"),
-        ]);
-        Self { host, address, interface, relay_address }
+        relay.ip(&[&format!("addr add {relay_address}/24 dev {interface}")]);
+    }
+
+    /// Deletes the egress link.
+    #[track_caller]
+    pub fn unplug(&self, relay: &Namespace) {
+        relay.ip(&[&format!("link del {}", self.interface)]);
     }
 }
 

@@ -4,10 +4,12 @@
 
 use std::{collections::BTreeMap, io, net::IpAddr, net::Ipv4Addr};
 
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::StreamExt;
 use rtnetlink::{
     Handle, MulticastGroup,
+    packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
+        RouteNetlinkMessage,
         address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
         link::{
             InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
@@ -71,18 +73,35 @@ impl LinkWatch {
 
     /// All interfaces as they are now.
     pub async fn snapshot(&self) -> Result<Links, rtnetlink::Error> {
+        const ATTEMPTS: usize = 10;
+        for _ in 1..ATTEMPTS {
+            let (links, whole) = self.dump().await?;
+            if whole {
+                return Ok(links);
+            }
+        }
+        // They change all the time: the next change brings the next look.
+        Ok(self.dump().await?.0)
+    }
+
+    /// The interfaces, and whether none changed meanwhile: if one did, others may be missing.
+    async fn dump(&self) -> Result<(Links, bool), rtnetlink::Error> {
         let mut names = BTreeMap::new();
         let mut links = Links::new();
-        let mut messages = self.handle.link().get().execute();
-        while let Some(message) = messages.try_next().await? {
-            if let Some((name, link)) = read_link(&message) {
+        let (messages, links_whole) = self.ask(RouteNetlinkMessage::GetLink(LinkMessage::default())).await?;
+        for message in messages {
+            if let RouteNetlinkMessage::NewLink(message) = message
+                && let Some((name, link)) = read_link(&message)
+            {
                 names.insert(message.header.index, name.clone());
                 links.insert(name, link);
             }
         }
         let mut secondary: BTreeMap<InterfaceName, Vec<Ipv4Addr>> = BTreeMap::new();
-        let mut messages = self.handle.address().get().execute();
-        while let Some(message) = messages.try_next().await? {
+        let (messages, addresses_whole) =
+            self.ask(RouteNetlinkMessage::GetAddress(AddressMessage::default())).await?;
+        for message in messages {
+            let RouteNetlinkMessage::NewAddress(message) = message else { continue };
             let Some(name) = names.get(&message.header.index) else { continue };
             let Some(address) = read_address(&message) else { continue };
             if message.header.flags.contains(AddressHeaderFlags::Secondary) {
@@ -96,7 +115,27 @@ impl LinkWatch {
                 link.addresses.extend(addresses);
             }
         }
-        Ok(links)
+        Ok((links, links_whole && addresses_whole))
+    }
+
+    /// All that the kernel answers to a question, and whether nothing changed while it did.
+    async fn ask(
+        &self,
+        question: RouteNetlinkMessage,
+    ) -> Result<(Vec<RouteNetlinkMessage>, bool), rtnetlink::Error> {
+        let mut question = NetlinkMessage::from(question);
+        question.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let mut answers = self.handle.clone().request(question)?;
+        let (mut messages, mut whole) = (Vec::new(), true);
+        while let Some(answer) = answers.next().await {
+            whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
+            match answer.payload {
+                NetlinkPayload::InnerMessage(message) => messages.push(message),
+                NetlinkPayload::Error(error) => return Err(rtnetlink::Error::NetlinkError(error)),
+                _ => {}
+            }
+        }
+        Ok((messages, whole))
     }
 }
 

@@ -66,14 +66,18 @@ impl Memberships {
     /// Leaves, if it is joined. A membership of an interface that is gone is dropped all the same.
     pub fn leave(&mut self, membership: Membership) -> io::Result<()> {
         let Some(index) = self.held.remove(&membership) else { return Ok(()) };
-        let member = &mut self.pool(membership)[index];
+        let pool = self.pool(membership);
+        let member = &mut pool[index];
         member.held -= 1;
-        match multicast::leave(&member.socket, &membership) {
-            Err(error) if !matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EADDRNOTAVAIL)) => {
-                Err(error)
-            }
-            _ => Ok(()),
+        let mut left = multicast::leave(&member.socket, &membership);
+        if membership.source.is_some() && left.as_ref().is_err_and(is_gone) {
+            // Of a device that is gone the kernel lets go of whole groups only.
+            left = multicast::leave(&member.socket, &Membership { source: None, ..membership });
         }
+        while pool.last().is_some_and(|member| member.held == 0) {
+            pool.pop();
+        }
+        left.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
     }
 
     fn pool(&mut self, membership: Membership) -> &mut Vec<Member> {
@@ -82,6 +86,11 @@ impl Memberships {
             Some(_) => &mut self.one_source,
         }
     }
+}
+
+/// Whether an error says that there is no such interface, or no such membership any more.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EADDRNOTAVAIL))
 }
 
 /// A UDP socket that is bound to nothing and takes no group's datagrams.

@@ -103,6 +103,12 @@ impl PacketSocket {
         self.socket.as_fd().try_clone_to_owned()
     }
 
+    /// Takes off the error that its interface left when it went down: the socket receives again by itself when
+    /// that is up, but until then the error would wake its worker again and again.
+    pub fn clear_error(&self) {
+        let _ = self.socket.take_error();
+    }
+
     /// Reads what the kernel counted; reading sets its counters to zero.
     pub fn statistics(&mut self) -> PacketStatistics {
         if let Ok(counted) = socket_option::get::<8>(&self.socket, libc::SOL_PACKET, libc::PACKET_STATISTICS)

@@ -226,6 +226,8 @@ impl Daemon {
         ));
         let mut second = interval(Duration::from_secs(1));
         second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut quarter = interval(Duration::from_millis(250));
+        quarter.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
 
         self.read_links(&links).await;
@@ -241,8 +243,14 @@ impl Daemon {
                 _ = second.tick() => {
                     self.end_hung_workers();
                     self.read_packet_statistics();
+                    self.clear_socket_errors();
                     self.books.sample(&self.state);
-                    if self.queues_changed() || self.state.awaits_slot() {
+                    if self.state.awaits_slot() {
+                        self.read_links(&links).await;
+                    }
+                }
+                _ = quarter.tick() => {
+                    if self.queues_changed() {
                         self.read_links(&links).await;
                     }
                 }
@@ -288,11 +296,16 @@ impl Daemon {
         }
     }
 
+    fn clear_socket_errors(&self) {
+        self.packet_sockets.values().for_each(|ingress| ingress.socket.clear_error());
+    }
+
     async fn read_links(&mut self, watch: &LinkWatch) {
         match watch.snapshot().await {
             Ok(links) => {
                 if links != *self.state.links() {
                     self.log_changes(&links);
+                    self.clear_socket_errors();
                     self.take(Event::Links(links)).await;
                 }
             }
@@ -311,6 +324,9 @@ impl Daemon {
             match (before.get(interface), now.get(interface)) {
                 (Some(_), None) => warn!(%interface, "interface is gone"),
                 (None, Some(_)) => info!(%interface, "interface is there"),
+                (Some(before), Some(now)) if before.index != now.index => {
+                    info!(%interface, "interface was made anew");
+                }
                 (Some(before), Some(now)) if before.up != now.up && now.up => {
                     info!(%interface, "interface is up");
                 }

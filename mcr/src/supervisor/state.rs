@@ -379,17 +379,34 @@ impl State {
     }
 
     /// Programs, sockets and workers of interfaces that are gone or were made anew, and what was prepared for
-    /// rules that were refused.
+    /// rules that were refused. One that was only renamed still receives: its flows go first.
     fn plan_lost_interfaces(&self, effects: &mut Vec<Effect>) {
-        for (interface, served) in &self.actual.served {
-            let same = self.links.get(interface).is_some_and(|link| link.index == served.index);
+        let lost = |(interface, served): &(&InterfaceName, &Served)| {
+            let same = self.links.get(*interface).is_some_and(|link| link.index == served.index);
             let used = served.xdp
                 || served.fanout.is_some()
-                || self.rules.iter().any(|entry| entry.rule.input.interface == *interface);
-            if same && used {
-                continue;
+                || self.rules.iter().any(|entry| entry.rule.input.interface == **interface);
+            !(same && used)
+        };
+        let lost: Vec<_> = self.actual.served.iter().filter(lost).map(|(interface, _)| interface).collect();
+        for &interface in &lost {
+            let flows = self.actual.flows.get(interface).into_iter().flatten();
+            let relayed = flows.filter(|(_, flow)| relays(flow.action));
+            effects.extend(relayed.map(|(&key, _)| Effect::DeleteFlow { interface: interface.clone(), key }));
+        }
+        if !effects.is_empty() || self.actual.barrier_due && !lost.is_empty() {
+            effects.push(Effect::Barrier);
+        }
+        for interface in lost {
+            for id in self.workers_of(interface) {
+                let running = &self.actual.workers[id];
+                if !self.has_bpf() && !running.failed {
+                    // What brings it its frames is its own filter, which follows its rules.
+                    let rules = running.rules.keys();
+                    effects.extend(rules.map(|&slot| Effect::RemoveRule { id: id.clone(), slot }));
+                }
+                effects.push(Effect::StopWorker { id: id.clone() });
             }
-            effects.extend(self.workers_of(interface).map(|id| Effect::StopWorker { id: id.clone() }));
             effects.push(Effect::Detach { interface: interface.clone() });
         }
     }

@@ -746,7 +746,8 @@ fn a_rule_waits_for_its_interface() {
 #[test]
 fn an_interface_that_goes_takes_its_program_along_and_gets_another() {
     let mut supervisor = Supervisor::serving(&[cam()]);
-    let gone = ["stop eth0/xdp0", "detach eth0", "leave 239.1.1.1%10"];
+    let gone =
+        ["delete eth0 *,239.1.1.1:5000", "barrier", "stop eth0/xdp0", "detach eth0", "leave 239.1.1.1%10"];
     did(&supervisor.links(links(1..4)), &gone);
     supervisor.check_settled();
     let missing = "interface eth0 does not exist".to_owned();
@@ -1026,7 +1027,10 @@ fn a_worker_whose_interface_went_is_started_when_it_is_back() {
     let mut supervisor = Supervisor::serving(&[cam()]);
     let id = worker("eth0", 0);
     supervisor.exit(&id, SHORT);
-    did(&supervisor.links(links(1..4)), &["detach eth0", "leave 239.1.1.1%10"]);
+    did(
+        &supervisor.links(links(1..4)),
+        &["delete eth0 *,239.1.1.1:5000", "barrier", "detach eth0", "leave 239.1.1.1%10"],
+    );
     did(&supervisor.restart(&id), &[]);
     supervisor.links(links(0..4));
     supervisor.check_settled();
@@ -1040,7 +1044,7 @@ fn a_worker_that_failed_and_was_stopped_before_its_end_was_told_is_started_again
     supervisor.amend("cam", &["239.2.2.2:6000@eth1,ttl=3"], &[]);
     supervisor.failing.clear();
     // The supervisor does not hear of the end of a worker that it has stopped.
-    assert_eq!(supervisor.links(links(1..4))[0], "stop eth0/xdp0");
+    assert_eq!(supervisor.links(links(1..4))[2], "stop eth0/xdp0");
     supervisor.links(links(0..4));
     supervisor.check_settled();
     assert!(supervisor.state.workers().contains_key(&worker("eth0", 0)));
@@ -1297,6 +1301,34 @@ fn without_ebpf_workers_bar_loops_themselves() {
         ..cam_by("af-xdp")
     });
     assert!(supervisor.problem("x").unwrap().1.starts_with("no eBPF"));
+}
+
+#[test]
+fn without_ebpf_a_worker_lets_go_of_its_rules_before_it_goes_with_its_interface() {
+    let mut supervisor =
+        Supervisor::with(Limits { no_bpf: Some("no eBPF".to_owned()), ..limits(8, None, &[0]) });
+    supervisor.links(links(0..4));
+    supervisor.add(cam());
+    // Renamed, it receives all the same.
+    did(
+        &supervisor.links(links(1..4)),
+        &[
+            "delete eth0 *,239.1.1.1:5000",
+            "barrier",
+            "remove eth0/packet0 rule 0",
+            "stop eth0/packet0",
+            "detach eth0",
+            "leave 239.1.1.1%10",
+        ],
+    );
+    supervisor.check_settled();
+    supervisor.links(links(0..4));
+    supervisor.check_settled();
+    // One that does not obey is ended all the same.
+    supervisor.failing = vec!["remove".to_owned()];
+    let done = supervisor.links(links(1..4));
+    assert_eq!(done[2..5], ["! remove eth0/packet0 rule 0", "stop eth0/packet0", "detach eth0"]);
+    supervisor.check_settled();
 }
 
 #[test]
