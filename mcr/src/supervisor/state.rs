@@ -35,8 +35,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause before a restart.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// A worker that lived this long starts anew with the first pause.
-const SETTLED: Duration = Duration::from_secs(30);
+/// A worker that lived this long starts anew with the first pause: what it costs to start one is little beside
+/// that, and to wait longer would only lose more.
+const SETTLED: Duration = Duration::from_secs(2);
 
 /// What the daemon was started with, as far as it bears on decisions.
 #[derive(Clone, Debug)]
@@ -99,6 +100,14 @@ struct XdpRefusal {
     stale: bool,
 }
 
+/// Why a group cannot be joined.
+#[derive(Clone, Debug)]
+struct JoinRefusal {
+    why: String,
+    /// It is time to try again.
+    stale: bool,
+}
+
 /// What there is in the kernel and in the workers.
 #[derive(Clone, Debug, Default)]
 struct Actual {
@@ -124,7 +133,7 @@ pub struct State {
     fanout_failures: BTreeMap<InterfaceName, String>,
     xdp_refusals: BTreeMap<InterfaceName, XdpRefusal>,
     flow_failures: BTreeMap<InterfaceName, BTreeMap<FlowKey4, String>>,
-    join_failures: BTreeMap<Membership, String>,
+    join_refusals: BTreeMap<Membership, JoinRefusal>,
     egress_failures: BTreeMap<EgressKey, String>,
     mishaps: BTreeMap<WorkerId, Mishaps>,
     /// Ids of egress sockets, the same in every worker, never used for another.
@@ -146,7 +155,7 @@ impl State {
             fanout_failures: BTreeMap::new(),
             xdp_refusals: BTreeMap::new(),
             flow_failures: BTreeMap::new(),
-            join_failures: BTreeMap::new(),
+            join_refusals: BTreeMap::new(),
             egress_failures: BTreeMap::new(),
             mishaps: BTreeMap::new(),
             egress_ids: BTreeMap::new(),
@@ -206,6 +215,17 @@ impl State {
         let demand = budget::umems(link.rx_queues, chunk_bytes);
         let shortfall = self.check_budget(interface, Datapath::AfXdp, &demand).err();
         shortfall.map(|shortfall| format!("{interface}: {shortfall}"))
+    }
+
+    /// Whether groups wait to be joined, and nothing tells when they can be.
+    pub fn awaits_joins(&self) -> bool {
+        !self.join_refusals.is_empty()
+    }
+
+    /// Whether it is known already that a group cannot be joined, and why.
+    pub fn knows_refusal(&self, effect: &Effect, why: &str) -> bool {
+        let Effect::Join(membership) = effect else { return false };
+        self.join_refusals.get(membership).is_some_and(|refusal| refusal.why == why)
     }
 
     /// Whether XDP waits for somebody else's program to go, which nothing tells.
@@ -284,6 +304,10 @@ impl State {
 
     pub fn remove(&mut self, name: &str) -> Result<Entry, Refusal> {
         let entry = self.rules.remove(name)?;
+        if !self.join_refusals.is_empty() {
+            let wanted = self.wanted_memberships();
+            self.join_refusals.retain(|membership, _| wanted.contains(membership));
+        }
         // There is room for another flow.
         self.flow_failures.remove(&entry.rule.input.interface);
         Ok(entry)
@@ -299,6 +323,7 @@ impl State {
                     mishaps.waiting = false;
                 }
             }
+            Event::JoinsDue => self.join_refusals.values_mut().for_each(|refusal| refusal.stale = true),
             Event::Stop => self.stopping = true,
         }
         Vec::new()
@@ -316,7 +341,7 @@ impl State {
             refusal.stale |= matters(old) != matters(new);
             old.index == new.index
         });
-        self.join_failures.clear();
+        self.join_refusals.clear();
         self.egress_failures.clear();
     }
 
@@ -343,7 +368,7 @@ impl State {
         self.interface_failures.remove(interface);
         self.fanout_failures.remove(interface);
         self.flow_failures.remove(interface);
-        self.join_failures.clear();
+        self.join_refusals.clear();
         self.egress_failures.clear();
     }
 
@@ -508,7 +533,7 @@ impl State {
         let missing = wanted.difference(&self.actual.memberships);
         effects.extend(
             missing
-                .filter(|membership| !self.join_failures.contains_key(membership))
+                .filter(|membership| self.join_refusals.get(membership).is_none_or(|refusal| refusal.stale))
                 .map(|&membership| Effect::Join(membership)),
         );
     }
@@ -899,6 +924,7 @@ impl State {
                 actual.barrier_due = true;
             }
             Effect::Join(membership) => {
+                self.join_refusals.remove(membership);
                 actual.memberships.insert(*membership);
             }
             Effect::Leave(membership) => {
@@ -933,7 +959,7 @@ impl State {
                 self.flow_failures.entry(interface.clone()).or_default().insert(*key, why);
             }
             (Effect::Join(membership), Failure::Refused(why)) => {
-                self.join_failures.insert(*membership, why);
+                self.join_refusals.insert(*membership, JoinRefusal { why, stale: false });
             }
             (Effect::OpenEgress { key, .. }, Failure::Refused(why)) => {
                 self.egress_failures.insert(key.clone(), why);
@@ -980,14 +1006,17 @@ impl State {
 
     /// Why a rule cannot relay now, if it cannot.
     pub fn rule_problem(&self, entry: &Entry) -> Option<(Problem, String)> {
-        let failure = || self.join_failure(entry).or_else(|| self.flow_failure(entry));
+        let failure = || self.join_refusal(entry).or_else(|| self.flow_failure(entry));
         self.interface_problem(&entry.rule.input.interface, self.datapath_of(&entry.rule))
             .or_else(|| failure().map(|why| (Problem::Failed, why.clone())))
     }
 
-    fn join_failure(&self, entry: &Entry) -> Option<&String> {
+    fn join_refusal(&self, entry: &Entry) -> Option<&String> {
+        if self.join_refusals.is_empty() {
+            return None;
+        }
         let xdp = self.prefers_xdp(&entry.rule.input.interface);
-        self.join_failures.get(&self.membership(entry, xdp)?)
+        self.join_refusals.get(&self.membership(entry, xdp)?).map(|refusal| &refusal.why)
     }
 
     fn flow_failure(&self, entry: &Entry) -> Option<&String> {
