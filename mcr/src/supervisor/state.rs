@@ -119,6 +119,25 @@ struct Actual {
     barrier_due: bool,
 }
 
+/// Ids of egress sockets, the same in every worker, never used for another.
+#[derive(Clone, Debug, Default)]
+struct EgressIds {
+    ids: BTreeMap<EgressKey, u32>,
+    next: u32,
+}
+
+impl EgressIds {
+    fn of(&mut self, key: &EgressKey) -> u32 {
+        if let Some(id) = self.ids.get(key) {
+            return *id;
+        }
+        let id = self.next;
+        self.next += 1;
+        self.ids.insert(key.clone(), id);
+        id
+    }
+}
+
 /// What is wrong with an output now, if anything.
 pub type Pending = Option<String>;
 
@@ -136,9 +155,7 @@ pub struct State {
     join_refusals: BTreeMap<Membership, JoinRefusal>,
     egress_failures: BTreeMap<EgressKey, String>,
     mishaps: BTreeMap<WorkerId, Mishaps>,
-    /// Ids of egress sockets, the same in every worker, never used for another.
-    egress_ids: BTreeMap<EgressKey, u32>,
-    next_egress_id: u32,
+    egress_ids: EgressIds,
     /// CPU of each worker, kept across restarts.
     cpus: BTreeMap<WorkerId, u32>,
     stopping: bool,
@@ -158,8 +175,7 @@ impl State {
             join_refusals: BTreeMap::new(),
             egress_failures: BTreeMap::new(),
             mishaps: BTreeMap::new(),
-            egress_ids: BTreeMap::new(),
-            next_egress_id: 0,
+            egress_ids: EgressIds::default(),
             cpus: BTreeMap::new(),
             stopping: false,
         }
@@ -386,7 +402,8 @@ impl State {
         let wanted = self.wanted_flows();
         self.plan_flow_removals(&wanted, relays, &mut effects);
         self.plan_rule_removals(&mut effects);
-        self.plan_leaves(&mut effects);
+        let memberships = self.wanted_memberships();
+        self.plan_leaves(&memberships, &mut effects);
         if self.stopping {
             self.plan_flow_removals(&wanted, bars, &mut effects);
             self.plan_end(&mut effects);
@@ -395,7 +412,7 @@ impl State {
         self.plan_interfaces(&mut effects);
         self.plan_flows(&wanted, bars, &mut effects);
         self.plan_workers(&mut effects);
-        self.plan_joins(&mut effects);
+        self.plan_joins(&memberships, &mut effects);
         self.plan_flows(&wanted, relays, &mut effects);
         self.plan_flow_removals(&wanted, bars, &mut effects);
         effects
@@ -522,14 +539,12 @@ impl State {
         interfaces.into_iter().filter(|interface| self.prefers_xdp(interface)).collect()
     }
 
-    fn plan_leaves(&self, effects: &mut Vec<Effect>) {
-        let wanted = self.wanted_memberships();
+    fn plan_leaves(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {
         effects
-            .extend(self.actual.memberships.difference(&wanted).map(|membership| Effect::Leave(*membership)));
+            .extend(self.actual.memberships.difference(wanted).map(|membership| Effect::Leave(*membership)));
     }
 
-    fn plan_joins(&self, effects: &mut Vec<Effect>) {
-        let wanted = self.wanted_memberships();
+    fn plan_joins(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {
         let missing = wanted.difference(&self.actual.memberships);
         effects.extend(
             missing
@@ -640,6 +655,7 @@ impl State {
     }
 
     fn plan_workers(&mut self, effects: &mut Vec<Effect>) {
+        let mut egress_ids = std::mem::take(&mut self.egress_ids);
         for (interface, link, datapaths) in self.demands() {
             let own_sources = self.own_sources(&interface);
             for datapath in datapaths {
@@ -654,7 +670,8 @@ impl State {
                     match self.actual.workers.get(&id) {
                         None if !self.mishaps(&id).waiting => {
                             effects.push(Effect::StartWorker { id: id.clone(), spec });
-                            self.plan_rules(&id, &Running::default(), &own_sources, effects);
+                            let new = Running::default();
+                            self.plan_rules(&id, &new, &own_sources, &mut egress_ids, effects);
                         }
                         None => {}
                         Some(running) if running.failed => {}
@@ -662,11 +679,14 @@ impl State {
                         Some(running) if running.spec.as_ref() != Some(&spec) => {
                             effects.push(Effect::StopWorker { id: id.clone() });
                         }
-                        Some(running) => self.plan_rules(&id, &running.clone(), &own_sources, effects),
+                        Some(running) => {
+                            self.plan_rules(&id, running, &own_sources, &mut egress_ids, effects);
+                        }
                     }
                 }
             }
         }
+        self.egress_ids = egress_ids;
     }
 
     fn wanted_workers(
@@ -715,21 +735,23 @@ impl State {
 
     /// Brings a worker's rules and egress sockets to what they should be, then steers frames to it.
     fn plan_rules(
-        &mut self,
+        &self,
         id: &WorkerId,
         running: &Running,
         own_sources: &BTreeMap<RuleSlot, Vec<Ipv4Addr>>,
+        egress_ids: &mut EgressIds,
         effects: &mut Vec<Effect>,
     ) {
         let xdp = self.prefers_xdp(&id.interface);
         let its = |rule: &Rule| {
             rule.input.interface == id.interface && datapath::choose(rule.datapath, xdp) == id.datapath
         };
-        let entries: Vec<_> = self.rules.iter().filter(|entry| its(&entry.rule)).cloned().collect();
+        let mut slots = BTreeSet::new();
         let mut needed = BTreeMap::new();
         let mut upserts = Vec::new();
-        for entry in &entries {
-            let mut rule = self.compile(entry, &mut needed);
+        for entry in self.rules.iter().filter(|entry| its(&entry.rule)) {
+            slots.insert(entry.slot);
+            let mut rule = self.compile(entry, egress_ids, &mut needed);
             rule.own_sources = own_sources.get(&entry.slot).cloned().unwrap_or_default();
             if running.rules.get(&entry.slot) != Some(&rule) {
                 upserts.push(Effect::UpsertRule { id: id.clone(), rule });
@@ -747,7 +769,7 @@ impl State {
         // A rule that moves to another datapath is still relayed by this one.
         let moving = |slot: &RuleSlot| {
             let removed = Effect::RemoveRule { id: id.clone(), slot: *slot };
-            entries.iter().all(|entry| entry.slot != *slot) && !effects.contains(&removed)
+            !slots.contains(slot) && !effects.contains(&removed)
         };
         let outputs =
             running.rules.iter().filter(|(slot, _)| moving(slot)).flat_map(|(_, rule)| &rule.outputs);
@@ -758,11 +780,16 @@ impl State {
     }
 
     /// The worker's form of a rule; the egress sockets that it needs are added to `needed`.
-    fn compile(&mut self, entry: &Entry, needed: &mut BTreeMap<u32, EgressKey>) -> CompiledRule {
+    fn compile(
+        &self,
+        entry: &Entry,
+        egress_ids: &mut EgressIds,
+        needed: &mut BTreeMap<u32, EgressKey>,
+    ) -> CompiledRule {
         let mut outputs = Vec::with_capacity(entry.rule.outputs.len());
         for (output, slot) in entry.outputs() {
             let route = self.route(output).ok().map(|(mut route, key)| {
-                route.socket = self.egress_id(&key);
+                route.socket = egress_ids.of(&key);
                 needed.insert(route.socket, key);
                 route
             });
@@ -783,16 +810,6 @@ impl State {
         }
         let key = ruleset::key(&entry.rule.input);
         CompiledRule { slot: entry.slot.0, key, own_sources: Vec::new(), outputs }
-    }
-
-    fn egress_id(&mut self, key: &EgressKey) -> u32 {
-        if let Some(id) = self.egress_ids.get(key) {
-            return *id;
-        }
-        let id = self.next_egress_id;
-        self.next_egress_id += 1;
-        self.egress_ids.insert(key.clone(), id);
-        id
     }
 
     /// Where an output's datagrams leave, and through which kind of socket, or what it waits for.
