@@ -96,9 +96,9 @@ struct Flow {
 }
 
 /// The n-th address behind two bytes.
-fn nth(a: u8, b: u8, n: u16) -> Ipv4Addr {
-    let [c, d] = n.to_be_bytes();
-    Ipv4Addr::new(a, b, c, d)
+fn nth(first: u8, second: u8, n: u16) -> Ipv4Addr {
+    let [third, fourth] = n.to_be_bytes();
+    Ipv4Addr::new(first, second, third, fourth)
 }
 
 /// 1,000 groups of any source.

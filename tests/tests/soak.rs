@@ -135,8 +135,11 @@ fn check(ground: Ground) {
     assert_eq!(processes(&relay, &mut client), pids);
     let end = usages(&pids);
     println!("{seconds} s on {}: {warm:?} after {WARM_UP} s, {end:?} at the end", ground.datapath());
-    for (warm, end) in warm.iter().zip(&end) {
-        assert_eq!(end.descriptors, warm.descriptors);
+    for ((warm, end), &pid) in warm.iter().zip(&end).zip(&pids) {
+        // A worker closes sockets some moments after its last rule needed them.
+        wait_until("no more descriptors than then", PATIENCE, || {
+            Usage::of(pid).descriptors <= warm.descriptors
+        });
         assert!(end.resident_kib <= warm.resident_kib + SLACK_KIB, "{end:?} after {warm:?}");
     }
     for n in CHURN * seconds - STANDING..CHURN * seconds {
@@ -149,10 +152,10 @@ fn check(ground: Ground) {
         assert_eq!((stats.received, stats.outputs[0].sent), (each, each), "{stats:?}");
         assert!(outputs_balance(&stats) && stats.dropped.is_empty(), "{stats:?}");
     }
-    let received = receiver.stop();
-    assert_eq!(received.counts(), Counts::exactly(u64::from(STREAMS) * each));
+    let tally = receiver.stop();
+    assert_eq!(tally.counts(), Counts::exactly(u64::from(STREAMS) * each));
     for i in 0..usize::from(STREAMS) {
-        assert_eq!(received.of_stream(i), each, "stream {i}");
+        assert_eq!(tally.of_stream(i), each, "stream {i}");
     }
     assert_eq!(processes(&relay, &mut client), pids);
     let groups: Vec<_> = (0..STREAMS).map(|i| stream(i).0).collect();

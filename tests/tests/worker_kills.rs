@@ -179,14 +179,18 @@ fn check_killed_in_turn(ground: Ground) {
             warm = Some(Holdings::of(&site, &relay, &mut client));
         }
     }
-    streams.iter().for_each(|stream| stream.source.wait_for_more(1_000));
+    for stream in &streams {
+        stream.source.wait_for_more(1_000);
+    }
     Holdings::of(&site, &relay, &mut client).assert_not_grown_from(&warm.unwrap());
     let list: WorkerList = client.call(&Request::Workers).unwrap();
     for worker in &list.workers {
         assert_eq!((worker.state.as_str(), worker.restarts), ("running", ROUNDS), "{worker:?}");
     }
     assert_eq!(client.call::<Status>(&Request::Status).unwrap().worker_restarts, gaps.len() as u64);
-    streams.into_iter().for_each(|stream| stream.check(&relay));
+    for stream in streams {
+        stream.check(&relay);
+    }
 
     gaps.sort_unstable();
     let (median, longest) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
@@ -240,8 +244,8 @@ fn check_crash_loop(ground: Ground) {
     let seen = struck.sink.count(struck.to);
     struck.sink.at_least(struck.to, seen + 500);
     let sent = struck.source.stop();
-    let stats = relay.balanced("cam0", sent);
-    assert_eq!(unaccounted(&stats), lost(&relay.interface("in0")), "{stats:?}");
+    let rule = relay.balanced("cam0", sent);
+    assert_eq!(unaccounted(&rule), lost(&relay.interface("in0")), "{rule:?}");
 
     let sent = spared.source.stop();
     assert_eq!(relay.balanced("cam1", sent).outputs[0].sent, sent);
