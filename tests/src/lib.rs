@@ -18,6 +18,7 @@ pub mod scratch;
 pub mod site;
 pub mod source;
 pub mod traffic;
+pub mod usage;
 pub mod wait;
 
 pub use crate::{
@@ -31,5 +32,6 @@ pub use crate::{
     site::Site,
     source::Source,
     traffic::{Generator, Receiver},
+    usage::Usage,
     wait::{wait_for, wait_until},
 };

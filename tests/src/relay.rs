@@ -10,9 +10,12 @@ use std::{
     time::Duration,
 };
 
-use mcr::api::wire::{
-    Health, InterfaceStats, Outcome, RuleInfo, RuleList, RuleOutcome, RuleShow, RuleStats, Stats, WorkerInfo,
-    WorkerList,
+use mcr::api::{
+    client::Client,
+    wire::{
+        Health, InterfaceStats, Outcome, RuleInfo, RuleList, RuleOutcome, RuleShow, RuleSpec, RuleStats,
+        Stats, WorkerInfo, WorkerList,
+    },
 };
 use nix::sys::signal::Signal;
 
@@ -174,6 +177,12 @@ impl<'a> Relay<'a> {
         Process::spawn(&mut self.call(args)).answer(CALL)
     }
 
+    /// The daemon without its command line: for what is asked some hundred times.
+    #[track_caller]
+    pub fn client(&self) -> Client {
+        Client::connect(&self.control).expect("the daemon listens")
+    }
+
     /// What a call prints with `--json`.
     #[track_caller]
     pub fn json<T: serde::de::DeserializeOwned>(&self, args: &[&str]) -> T {
@@ -287,6 +296,17 @@ impl<'a> Relay<'a> {
             last = Some(stats);
         }
         panic!("the ledger of {name} does not balance at {n}: {last:#?}");
+    }
+}
+
+/// What `mcr rule add` asks of the daemon.
+pub fn spec(name: &str, input: &str, outputs: &[&str]) -> RuleSpec {
+    RuleSpec {
+        name: Some(name.to_owned()),
+        input: input.to_owned(),
+        outputs: outputs.iter().map(|&output| output.to_owned()).collect(),
+        datapath: "auto".to_owned(),
+        ..RuleSpec::default()
     }
 }
 

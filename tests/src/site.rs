@@ -133,6 +133,28 @@ impl Site {
         groups
     }
 
+    /// Groups of which an interface of the relay host is joined to some source, with the source, ascending.
+    #[track_caller]
+    pub fn sources(&self, interface: &str) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+        let filters = self.relay.proc_net("mcfilter");
+        let mut sources = Vec::new();
+        for line in filters.lines().skip(1) {
+            let [_, device, group, source, included, _] = line.split_whitespace().collect::<Vec<_>>()[..]
+            else {
+                panic!("not a line of /proc/net/mcfilter: {line}");
+            };
+            if device == interface && included != "0" {
+                let address = |text: &str| {
+                    let digits = text.trim_start_matches("0x");
+                    Ipv4Addr::from_bits(u32::from_str_radix(digits, 16).expect("an address in hexadecimal"))
+                };
+                sources.push((address(group), address(source)));
+            }
+        }
+        sources.sort_unstable();
+        sources
+    }
+
     /// Captures at the end of an egress link.
     #[track_caller]
     pub fn capture(&self, sink: usize) -> Capture {

@@ -27,6 +27,10 @@ impl Generator {
         Self { process: Process::spawn(command.args(["gen", endpoint]).args(args).arg("--json")) }
     }
 
+    pub fn ended(&mut self) -> bool {
+        self.process.ended().is_some()
+    }
+
     /// Waits for its end, which must be a good one.
     #[track_caller]
     pub fn finish(self) -> Sent {

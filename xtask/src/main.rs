@@ -7,6 +7,7 @@ mod demo;
 mod process;
 mod run;
 mod setup;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ enum Verb {
     BuildEbpf(build_ebpf::Args),
     Check(check::Args),
     Test(test::Args),
+    Soak(soak::Args),
     Run(run::Args),
     Demo(demo::Args),
     Bench(bench::Args),
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Verb::BuildEbpf(args) => build_ebpf::main(&args),
         Verb::Check(args) => check::main(&args),
         Verb::Test(args) => test::main(&args),
+        Verb::Soak(args) => soak::main(&args),
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
         Verb::Bench(args) => bench::main(&args),

@@ -60,6 +60,19 @@ pub fn packet_table(object: &Path) -> Result<()> {
     }
 }
 
+/// Runs the soak for so many seconds on each datapath, and shows how it goes.
+pub fn soak(seconds: u32) -> Result<()> {
+    setup::build()?;
+    setup::test()?;
+    let tests = build(&["--bins", "--test", "soak"])?;
+    let seconds = seconds.to_string();
+    let variables = [("MCR_SOAK_SECONDS", Path::new(&seconds))];
+    match run_all(&tests, &["--nocapture".into()], &variables, Outcome::default())? {
+        0 => Ok(()),
+        failed => bail!("{failed} tests failed"),
+    }
+}
+
 /// Builds targets of the whole workspace, so that all share one choice of features; the test binaries.
 fn build(targets: &[&str]) -> Result<Vec<Artifact>> {
     let mut cargo = process::cargo()?;

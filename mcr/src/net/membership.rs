@@ -25,12 +25,15 @@ struct Member {
     held: usize,
 }
 
+/// Sockets by number. One that holds nothing any more is closed.
+type Pool = BTreeMap<usize, Member>;
+
 /// The pooled sockets and what each holds.
 #[derive(Debug, Default)]
 pub struct Memberships {
-    any_source: Vec<Member>,
-    one_source: Vec<Member>,
-    /// Index of the socket in its pool.
+    any_source: Pool,
+    one_source: Pool,
+    /// Number of the socket in its pool.
     held: BTreeMap<Membership, usize>,
 }
 
@@ -41,11 +44,11 @@ impl Memberships {
             return Ok(());
         }
         let pool = self.pool(membership);
-        for (index, member) in pool.iter_mut().enumerate() {
+        for (&number, member) in pool.iter_mut() {
             match multicast::join(&member.socket, &membership) {
                 Ok(()) => {
                     member.held += 1;
-                    self.held.insert(membership, index);
+                    self.held.insert(membership, number);
                     return Ok(());
                 }
                 // Full; the next socket has room or is new.
@@ -57,30 +60,30 @@ impl Memberships {
         }
         let socket = silent_socket()?;
         multicast::join(&socket, &membership)?;
-        pool.push(Member { socket, held: 1 });
-        let index = pool.len() - 1;
-        self.held.insert(membership, index);
+        let number = pool.last_key_value().map_or(0, |(last, _)| last + 1);
+        pool.insert(number, Member { socket, held: 1 });
+        self.held.insert(membership, number);
         Ok(())
     }
 
     /// Leaves, if it is joined. A membership of an interface that is gone is dropped all the same.
     pub fn leave(&mut self, membership: Membership) -> io::Result<()> {
-        let Some(index) = self.held.remove(&membership) else { return Ok(()) };
+        let Some(number) = self.held.remove(&membership) else { return Ok(()) };
         let pool = self.pool(membership);
-        let member = &mut pool[index];
-        member.held -= 1;
+        let Some(member) = pool.get_mut(&number) else { return Ok(()) };
         let mut left = multicast::leave(&member.socket, &membership);
         if membership.source.is_some() && left.as_ref().is_err_and(is_gone) {
             // Of a device that is gone the kernel lets go of whole groups only.
             left = multicast::leave(&member.socket, &Membership { source: None, ..membership });
         }
-        while pool.last().is_some_and(|member| member.held == 0) {
-            pool.pop();
+        member.held -= 1;
+        if member.held == 0 {
+            pool.remove(&number);
         }
         left.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
     }
 
-    fn pool(&mut self, membership: Membership) -> &mut Vec<Member> {
+    fn pool(&mut self, membership: Membership) -> &mut Pool {
         match membership.source {
             None => &mut self.any_source,
             Some(_) => &mut self.one_source,

@@ -68,6 +68,8 @@ pub enum Event {
     WorkerExited { id: WorkerId, why: String, lived: Duration },
     /// The pause after a worker's end is over.
     RestartDue { id: WorkerId },
+    /// What could not be joined is to be tried again.
+    JoinsDue,
     /// The daemon is to end.
     Stop,
 }

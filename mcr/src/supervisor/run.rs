@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::Arc,
@@ -27,7 +28,7 @@ use crate::{
     net::{
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
-        membership::Memberships,
+        membership::{Membership, Memberships},
         packet_socket::PacketSocket,
     },
     rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule},
@@ -253,6 +254,9 @@ impl Daemon {
                     if self.queues_changed() {
                         self.read_links(&links).await;
                     }
+                    if self.state.awaits_joins() {
+                        self.take(Event::JoinsDue).await;
+                    }
                 }
             }
         }
@@ -385,11 +389,15 @@ impl Daemon {
                     Err(failure) => {
                         let (Failure::Refused(why) | Failure::Worker { why, .. }) = &failure;
                         // What keeps XDP away is said to who asked for it, and once where it was `auto`.
-                        if !matches!(effect, Effect::Attach { .. }) {
+                        let said = matches!(effect, Effect::Attach { .. });
+                        if !said && !self.state.knows_refusal(&effect, why) {
                             warn!("{why}");
                         }
                         self.state.failed(&effect, failure);
-                        break;
+                        // Nothing else in a plan depends on a membership.
+                        if !matches!(effect, Effect::Join(_)) {
+                            break;
+                        }
                     }
                 }
             }
@@ -468,11 +476,10 @@ impl Daemon {
                 barrier().await;
                 Ok(())
             }
-            Effect::Join(membership) => self.memberships.join(*membership).map_err(|error| {
-                let source =
-                    membership.source.map(|source| format!(" of source {source}")).unwrap_or_default();
-                Failure::Refused(format!("the group {}{source} cannot be joined: {error}", membership.group))
-            }),
+            Effect::Join(membership) => self
+                .memberships
+                .join(*membership)
+                .map_err(|error| Failure::Refused(join_refused(membership, &error))),
             Effect::Leave(membership) => self.memberships.leave(*membership).map_err(|error| refused(&error)),
             Effect::OpenEgress { id, .. }
             | Effect::CloseEgress { id, .. }
@@ -668,6 +675,13 @@ impl Daemon {
 
 fn refused(error: &dyn std::error::Error) -> Failure {
     Failure::Refused(one_line(error))
+}
+
+fn join_refused(Membership { group, source, .. }: &Membership, error: &io::Error) -> String {
+    let source = source.map(|source| format!(" of source {source}")).unwrap_or_default();
+    let full = error.raw_os_error() == Some(libc::ENOBUFS);
+    let advice = if full { "; see `sysctl net.ipv4.igmp_max_memberships`" } else { "" };
+    format!("the group {group}{source} cannot be joined: {error}{advice}")
 }
 
 /// Waits until all programs are through that might act on a deleted flow.

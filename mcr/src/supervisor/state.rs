@@ -35,8 +35,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause before a restart.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// A worker that lived this long starts anew with the first pause.
-const SETTLED: Duration = Duration::from_secs(30);
+/// A worker that lived this long starts anew with the first pause: what it costs to start one is little beside
+/// that, and to wait longer would only lose more.
+const SETTLED: Duration = Duration::from_secs(2);
 
 /// What the daemon was started with, as far as it bears on decisions.
 #[derive(Clone, Debug)]
@@ -99,6 +100,14 @@ struct XdpRefusal {
     stale: bool,
 }
 
+/// Why a group cannot be joined.
+#[derive(Clone, Debug)]
+struct JoinRefusal {
+    why: String,
+    /// It is time to try again.
+    stale: bool,
+}
+
 /// What there is in the kernel and in the workers.
 #[derive(Clone, Debug, Default)]
 struct Actual {
@@ -108,6 +117,25 @@ struct Actual {
     workers: BTreeMap<WorkerId, Running>,
     /// A flow was deleted or moved, and nobody has waited yet for the programs that may still act on it.
     barrier_due: bool,
+}
+
+/// Ids of egress sockets, the same in every worker, never used for another.
+#[derive(Clone, Debug, Default)]
+struct EgressIds {
+    ids: BTreeMap<EgressKey, u32>,
+    next: u32,
+}
+
+impl EgressIds {
+    fn of(&mut self, key: &EgressKey) -> u32 {
+        if let Some(id) = self.ids.get(key) {
+            return *id;
+        }
+        let id = self.next;
+        self.next += 1;
+        self.ids.insert(key.clone(), id);
+        id
+    }
 }
 
 /// What is wrong with an output now, if anything.
@@ -124,12 +152,10 @@ pub struct State {
     fanout_failures: BTreeMap<InterfaceName, String>,
     xdp_refusals: BTreeMap<InterfaceName, XdpRefusal>,
     flow_failures: BTreeMap<InterfaceName, BTreeMap<FlowKey4, String>>,
-    join_failures: BTreeMap<Membership, String>,
+    join_refusals: BTreeMap<Membership, JoinRefusal>,
     egress_failures: BTreeMap<EgressKey, String>,
     mishaps: BTreeMap<WorkerId, Mishaps>,
-    /// Ids of egress sockets, the same in every worker, never used for another.
-    egress_ids: BTreeMap<EgressKey, u32>,
-    next_egress_id: u32,
+    egress_ids: EgressIds,
     /// CPU of each worker, kept across restarts.
     cpus: BTreeMap<WorkerId, u32>,
     stopping: bool,
@@ -146,11 +172,10 @@ impl State {
             fanout_failures: BTreeMap::new(),
             xdp_refusals: BTreeMap::new(),
             flow_failures: BTreeMap::new(),
-            join_failures: BTreeMap::new(),
+            join_refusals: BTreeMap::new(),
             egress_failures: BTreeMap::new(),
             mishaps: BTreeMap::new(),
-            egress_ids: BTreeMap::new(),
-            next_egress_id: 0,
+            egress_ids: EgressIds::default(),
             cpus: BTreeMap::new(),
             stopping: false,
         }
@@ -206,6 +231,17 @@ impl State {
         let demand = budget::umems(link.rx_queues, chunk_bytes);
         let shortfall = self.check_budget(interface, Datapath::AfXdp, &demand).err();
         shortfall.map(|shortfall| format!("{interface}: {shortfall}"))
+    }
+
+    /// Whether groups wait to be joined, and nothing tells when they can be.
+    pub fn awaits_joins(&self) -> bool {
+        !self.join_refusals.is_empty()
+    }
+
+    /// Whether it is known already that a group cannot be joined, and why.
+    pub fn knows_refusal(&self, effect: &Effect, why: &str) -> bool {
+        let Effect::Join(membership) = effect else { return false };
+        self.join_refusals.get(membership).is_some_and(|refusal| refusal.why == why)
     }
 
     /// Whether XDP waits for somebody else's program to go, which nothing tells.
@@ -284,6 +320,10 @@ impl State {
 
     pub fn remove(&mut self, name: &str) -> Result<Entry, Refusal> {
         let entry = self.rules.remove(name)?;
+        if !self.join_refusals.is_empty() {
+            let wanted = self.wanted_memberships();
+            self.join_refusals.retain(|membership, _| wanted.contains(membership));
+        }
         // There is room for another flow.
         self.flow_failures.remove(&entry.rule.input.interface);
         Ok(entry)
@@ -299,6 +339,7 @@ impl State {
                     mishaps.waiting = false;
                 }
             }
+            Event::JoinsDue => self.join_refusals.values_mut().for_each(|refusal| refusal.stale = true),
             Event::Stop => self.stopping = true,
         }
         Vec::new()
@@ -316,7 +357,7 @@ impl State {
             refusal.stale |= matters(old) != matters(new);
             old.index == new.index
         });
-        self.join_failures.clear();
+        self.join_refusals.clear();
         self.egress_failures.clear();
     }
 
@@ -345,7 +386,7 @@ impl State {
         self.interface_failures.remove(interface);
         self.fanout_failures.remove(interface);
         self.flow_failures.remove(interface);
-        self.join_failures.clear();
+        self.join_refusals.clear();
         self.egress_failures.clear();
     }
 
@@ -363,7 +404,8 @@ impl State {
         let wanted = self.wanted_flows();
         self.plan_flow_removals(&wanted, relays, &mut effects);
         self.plan_rule_removals(&mut effects);
-        self.plan_leaves(&mut effects);
+        let memberships = self.wanted_memberships();
+        self.plan_leaves(&memberships, &mut effects);
         if self.stopping {
             self.plan_flow_removals(&wanted, bars, &mut effects);
             self.plan_end(&mut effects);
@@ -372,7 +414,7 @@ impl State {
         self.plan_interfaces(&mut effects);
         self.plan_flows(&wanted, bars, &mut effects);
         self.plan_workers(&mut effects);
-        self.plan_joins(&mut effects);
+        self.plan_joins(&memberships, &mut effects);
         self.plan_flows(&wanted, relays, &mut effects);
         self.plan_flow_removals(&wanted, bars, &mut effects);
         effects
@@ -516,18 +558,16 @@ impl State {
         interfaces.into_iter().filter(|interface| self.prefers_xdp(interface)).collect()
     }
 
-    fn plan_leaves(&self, effects: &mut Vec<Effect>) {
-        let wanted = self.wanted_memberships();
+    fn plan_leaves(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {
         effects
-            .extend(self.actual.memberships.difference(&wanted).map(|membership| Effect::Leave(*membership)));
+            .extend(self.actual.memberships.difference(wanted).map(|membership| Effect::Leave(*membership)));
     }
 
-    fn plan_joins(&self, effects: &mut Vec<Effect>) {
-        let wanted = self.wanted_memberships();
+    fn plan_joins(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {
         let missing = wanted.difference(&self.actual.memberships);
         effects.extend(
             missing
-                .filter(|membership| !self.join_failures.contains_key(membership))
+                .filter(|membership| self.join_refusals.get(membership).is_none_or(|refusal| refusal.stale))
                 .map(|&membership| Effect::Join(membership)),
         );
     }
@@ -634,6 +674,7 @@ impl State {
     }
 
     fn plan_workers(&mut self, effects: &mut Vec<Effect>) {
+        let mut egress_ids = std::mem::take(&mut self.egress_ids);
         for (interface, link, datapaths) in self.demands() {
             let own_sources = self.own_sources(&interface);
             for datapath in datapaths {
@@ -648,7 +689,8 @@ impl State {
                     match self.actual.workers.get(&id) {
                         None if !self.mishaps(&id).waiting => {
                             effects.push(Effect::StartWorker { id: id.clone(), spec });
-                            self.plan_rules(&id, &Running::default(), &own_sources, effects);
+                            let new = Running::default();
+                            self.plan_rules(&id, &new, &own_sources, &mut egress_ids, effects);
                         }
                         None => {}
                         Some(running) if running.failed => {}
@@ -656,11 +698,14 @@ impl State {
                         Some(running) if running.spec.as_ref() != Some(&spec) => {
                             effects.push(Effect::StopWorker { id: id.clone() });
                         }
-                        Some(running) => self.plan_rules(&id, &running.clone(), &own_sources, effects),
+                        Some(running) => {
+                            self.plan_rules(&id, running, &own_sources, &mut egress_ids, effects);
+                        }
                     }
                 }
             }
         }
+        self.egress_ids = egress_ids;
     }
 
     fn wanted_workers(
@@ -709,21 +754,23 @@ impl State {
 
     /// Brings a worker's rules and egress sockets to what they should be, then steers frames to it.
     fn plan_rules(
-        &mut self,
+        &self,
         id: &WorkerId,
         running: &Running,
         own_sources: &BTreeMap<RuleSlot, Vec<Ipv4Addr>>,
+        egress_ids: &mut EgressIds,
         effects: &mut Vec<Effect>,
     ) {
         let xdp = self.prefers_xdp(&id.interface);
         let its = |rule: &Rule| {
             rule.input.interface == id.interface && datapath::choose(rule.datapath, xdp) == id.datapath
         };
-        let entries: Vec<_> = self.rules.iter().filter(|entry| its(&entry.rule)).cloned().collect();
+        let mut slots = BTreeSet::new();
         let mut needed = BTreeMap::new();
         let mut upserts = Vec::new();
-        for entry in &entries {
-            let mut rule = self.compile(entry, &mut needed);
+        for entry in self.rules.iter().filter(|entry| its(&entry.rule)) {
+            slots.insert(entry.slot);
+            let mut rule = self.compile(entry, egress_ids, &mut needed);
             rule.own_sources = own_sources.get(&entry.slot).cloned().unwrap_or_default();
             if running.rules.get(&entry.slot) != Some(&rule) {
                 upserts.push(Effect::UpsertRule { id: id.clone(), rule });
@@ -741,7 +788,7 @@ impl State {
         // A rule that moves to another datapath is still relayed by this one.
         let moving = |slot: &RuleSlot| {
             let removed = Effect::RemoveRule { id: id.clone(), slot: *slot };
-            entries.iter().all(|entry| entry.slot != *slot) && !effects.contains(&removed)
+            !slots.contains(slot) && !effects.contains(&removed)
         };
         let outputs =
             running.rules.iter().filter(|(slot, _)| moving(slot)).flat_map(|(_, rule)| &rule.outputs);
@@ -752,11 +799,16 @@ impl State {
     }
 
     /// The worker's form of a rule; the egress sockets that it needs are added to `needed`.
-    fn compile(&mut self, entry: &Entry, needed: &mut BTreeMap<u32, EgressKey>) -> CompiledRule {
+    fn compile(
+        &self,
+        entry: &Entry,
+        egress_ids: &mut EgressIds,
+        needed: &mut BTreeMap<u32, EgressKey>,
+    ) -> CompiledRule {
         let mut outputs = Vec::with_capacity(entry.rule.outputs.len());
         for (output, slot) in entry.outputs() {
             let route = self.route(output).ok().map(|(mut route, key)| {
-                route.socket = self.egress_id(&key);
+                route.socket = egress_ids.of(&key);
                 needed.insert(route.socket, key);
                 route
             });
@@ -777,16 +829,6 @@ impl State {
         }
         let key = ruleset::key(&entry.rule.input);
         CompiledRule { slot: entry.slot.0, key, own_sources: Vec::new(), outputs }
-    }
-
-    fn egress_id(&mut self, key: &EgressKey) -> u32 {
-        if let Some(id) = self.egress_ids.get(key) {
-            return *id;
-        }
-        let id = self.next_egress_id;
-        self.next_egress_id += 1;
-        self.egress_ids.insert(key.clone(), id);
-        id
     }
 
     /// Where an output's datagrams leave, and through which kind of socket, or what it waits for.
@@ -918,6 +960,7 @@ impl State {
                 actual.barrier_due = true;
             }
             Effect::Join(membership) => {
+                self.join_refusals.remove(membership);
                 actual.memberships.insert(*membership);
             }
             Effect::Leave(membership) => {
@@ -952,7 +995,7 @@ impl State {
                 self.flow_failures.entry(interface.clone()).or_default().insert(*key, why);
             }
             (Effect::Join(membership), Failure::Refused(why)) => {
-                self.join_failures.insert(*membership, why);
+                self.join_refusals.insert(*membership, JoinRefusal { why, stale: false });
             }
             (Effect::OpenEgress { key, .. }, Failure::Refused(why)) => {
                 self.egress_failures.insert(key.clone(), why);
@@ -999,14 +1042,17 @@ impl State {
 
     /// Why a rule cannot relay now, if it cannot.
     pub fn rule_problem(&self, entry: &Entry) -> Option<(Problem, String)> {
-        let failure = || self.join_failure(entry).or_else(|| self.flow_failure(entry));
+        let failure = || self.join_refusal(entry).or_else(|| self.flow_failure(entry));
         self.interface_problem(&entry.rule.input.interface, self.datapath_of(&entry.rule))
             .or_else(|| failure().map(|why| (Problem::Failed, why.clone())))
     }
 
-    fn join_failure(&self, entry: &Entry) -> Option<&String> {
+    fn join_refusal(&self, entry: &Entry) -> Option<&String> {
+        if self.join_refusals.is_empty() {
+            return None;
+        }
         let xdp = self.prefers_xdp(&entry.rule.input.interface);
-        self.join_failures.get(&self.membership(entry, xdp)?)
+        self.join_refusals.get(&self.membership(entry, xdp)?).map(|refusal| &refusal.why)
     }
 
     fn flow_failure(&self, entry: &Entry) -> Option<&String> {

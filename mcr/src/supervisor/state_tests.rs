@@ -336,7 +336,9 @@ impl Supervisor {
                     Err(failure) => {
                         tried.push(format!("! {}", line(&effect)));
                         self.state.failed(&effect, failure);
-                        break;
+                        if !matches!(effect, Effect::Join(_)) {
+                            break;
+                        }
                     }
                 }
             }
@@ -990,13 +992,13 @@ fn the_pause_before_a_restart_doubles_and_ends_with_a_long_life() {
         (SHORT, "100ms"),
         (SHORT, "200ms"),
         (SHORT, "400ms"),
-        (Duration::from_millis(29_999), "800ms"),
+        (Duration::from_millis(1_999), "800ms"),
         (Duration::ZERO, "1.6s"),
         (SHORT, "3.2s"),
         (SHORT, "6.4s"),
         (SHORT, "10s"),
         (SHORT, "10s"),
-        (Duration::from_secs(30), "50ms"),
+        (Duration::from_secs(2), "50ms"),
         (SHORT, "100ms"),
         (LONG, "50ms"),
         (LONG, "50ms"),
@@ -1373,6 +1375,37 @@ fn a_group_that_cannot_be_joined_is_tried_again_when_its_interface_has_changed()
 }
 
 #[test]
+fn groups_that_cannot_be_joined_are_tried_again_in_time_and_keep_their_error_meanwhile() {
+    let mic = || rule("mic", "239.1.1.2:5000@eth0,source=192.0.2.7", &["239.2.2.2:7000@eth1"]);
+    let mut supervisor = Supervisor::serving(&[cam(), mic()]);
+    supervisor.failing = vec!["join".to_owned()];
+    supervisor.change("eth0", |link| link.up = false);
+    assert!(!supervisor.state.awaits_joins());
+    // One that fails keeps no other from being tried.
+    let tried = ["! join 239.1.1.1%10", "! join 192.0.2.7,239.1.1.2%10"];
+    did(&supervisor.change("eth0", |link| link.up = true), &tried);
+    assert!(supervisor.state.awaits_joins());
+    let membership = Membership { interface: IfIndex(10), group: Ipv4Addr::new(239, 1, 1, 1), source: None };
+    let join = Effect::Join(membership);
+    assert!(supervisor.state.knows_refusal(&join, "cannot join 239.1.1.1%10"));
+    assert!(!supervisor.state.knows_refusal(&join, "another reason"));
+    did(&supervisor.settle(), &[]);
+    did(&supervisor.take(Event::JoinsDue), &tried);
+    for (name, why) in [("cam", "cannot join 239.1.1.1%10"), ("mic", "cannot join 192.0.2.7,239.1.1.2%10")] {
+        assert_eq!(supervisor.problem(name), Some((Problem::Failed, why.to_owned())));
+    }
+    supervisor.failing = vec!["join 239.1.1.1".to_owned()];
+    did(&supervisor.take(Event::JoinsDue), &["! join 239.1.1.1%10", "join 192.0.2.7,239.1.1.2%10"]);
+    assert_eq!(supervisor.problem("mic"), None);
+    // What nobody wants any more is not tried.
+    supervisor.remove("cam");
+    assert!(!supervisor.state.awaits_joins());
+    did(&supervisor.take(Event::JoinsDue), &[]);
+    supervisor.failing.clear();
+    supervisor.check_settled();
+}
+
+#[test]
 fn a_flow_that_cannot_be_set_fails_its_rule_and_no_other() {
     let mic = || rule("mic", "239.1.1.2:5000@eth0", &["239.2.2.2:7000@eth1"]);
     let mut supervisor = Supervisor::serving(&[mic()]);
@@ -1639,6 +1672,7 @@ enum Step {
     Restart {
         worker: u8,
     },
+    JoinsDue,
     /// From now on this fails, or nothing does.
     Fail {
         what: Option<u8>,
@@ -1701,6 +1735,7 @@ fn any_step() -> impl Strategy<Value = Step> {
             .prop_map(|(n, last)| Step::Address { n, last }),
         2 => (0_u8..8).prop_map(|worker| Step::Exit { worker }),
         2 => (0_u8..8).prop_map(|worker| Step::Restart { worker }),
+        1 => Just(Step::JoinsDue),
         2 => proptest::option::of(0..FAILING.len() as u8).prop_map(|what| Step::Fail { what }),
     ]
 }
@@ -1755,6 +1790,7 @@ impl Supervisor {
                     self.state.apply(Event::RestartDue { id });
                 }
             }
+            Step::JoinsDue => drop(self.state.apply(Event::JoinsDue)),
             Step::Fail { what } => {
                 self.failing = what.map(|what| FAILING[usize::from(what)].to_owned()).into_iter().collect();
             }
