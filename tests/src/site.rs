@@ -232,7 +232,7 @@ impl Segment {
         match self.plan.ground {
             Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => {
                 self.lay_cable(relay);
-            },
+            }
             Ground::Bridge => relay.ip(&[
                 &format!("link add {interface} type bridge mcast_snooping 0"),
                 &format!("link set {end} master {interface} up"),
