@@ -14,6 +14,7 @@ use mcr::{
     net::membership::{Membership, Memberships},
     rule::IfIndex,
 };
+use nix::sys::signal::Signal;
 use tests::{
     Ground, Namespace, RawSender, Relay, Site, Source, Udp, Usage,
     relay::spec,
@@ -60,6 +61,18 @@ fn a_rule_for_one_source_joins_that_source() {
     relay.remove("one");
     segment.wait_until_left(GROUP);
     assert!(site.groups("in0").is_empty());
+}
+
+fn a_group_joined_for_any_source_and_for_one_is_left_at_the_end() {
+    let site = Site::default();
+    let segment = &site.segments[0];
+    let mut relay = Relay::start(&site);
+    relay.add("rest", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    relay.add("one", "239.1.1.1:5000@in0,source=10.77.0.2", &["239.2.2.3:6000@out0"]);
+    segment.wait_until_joined(GROUP);
+    relay.signal(Signal::SIGTERM);
+    assert!(relay.wait(PATIENCE).success());
+    segment.wait_until_left(GROUP);
 }
 
 fn a_hundred_groups_are_joined_and_left() {
@@ -336,6 +349,7 @@ tests::on_every_ground!(
     a_group_that_cannot_be_joined_is_its_rules_error_until_it_can_be,
     a_group_is_joined_with_its_first_rule_and_left_with_its_last,
     a_rule_for_one_source_joins_that_source,
+    a_group_joined_for_any_source_and_for_one_is_left_at_the_end,
     a_hundred_groups_are_joined_and_left,
 );
 

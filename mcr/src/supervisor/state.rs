@@ -558,9 +558,11 @@ impl State {
         interfaces.into_iter().filter(|interface| self.prefers_xdp(interface)).collect()
     }
 
+    /// Leaves a group's sources before the group. Of changes within some milliseconds Linux reports the last: that a
+    /// host had been joined to any source would not be taken back, and the group would go on coming.
     fn plan_leaves(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {
-        effects
-            .extend(self.actual.memberships.difference(wanted).map(|membership| Effect::Leave(*membership)));
+        let left: Vec<_> = self.actual.memberships.difference(wanted).copied().collect();
+        effects.extend(left.into_iter().rev().map(Effect::Leave));
     }
 
     fn plan_joins(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {

@@ -714,6 +714,17 @@ fn a_group_is_left_with_its_last_rule_only() {
 }
 
 #[test]
+fn of_a_group_the_sources_are_left_first() {
+    let one = rule("one", "239.1.1.1:5000@eth0,source=192.0.2.7", &["239.2.2.2:7000@eth1"]);
+    let mut supervisor = Supervisor::serving(&[cam(), one]);
+    did(
+        &supervisor.change("eth0", |link| link.up = false),
+        &["leave 192.0.2.7,239.1.1.1%10", "leave 239.1.1.1%10"],
+    );
+    supervisor.check_settled();
+}
+
+#[test]
 fn a_rule_waits_for_its_interface() {
     let mut supervisor = Supervisor::new();
     supervisor.links(links([1]));
