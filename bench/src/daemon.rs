@@ -41,12 +41,17 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it with one worker an interface, and waits until it answers.
+    /// Starts it with one worker, on the relay's CPU, and waits until it answers.
     pub fn start(bench: &Bench, relay: &Relay, datapath: &str) -> Result<Self> {
+        Self::start_on(bench, relay, datapath, RELAY_CPU)
+    }
+
+    /// As [`Self::start`], on another CPU.
+    pub fn start_on(bench: &Bench, relay: &Relay, datapath: &str, cpu: usize) -> Result<Self> {
         let control = relay.scratch.dir().join("mcr.sock");
         let mut command = relay.host.command(&bench.mcr);
         command
-            .args(["run", "--workers", "1", "--cpus", &RELAY_CPU.to_string(), "--datapath", datapath])
+            .args(["run", "--workers", "1", "--cpus", &cpu.to_string(), "--datapath", datapath])
             .args(["--log-level", "warn", "--control"])
             .arg(&control)
             .arg("--pin-root")

@@ -31,14 +31,15 @@ fn runs_reach_the_limits_of_the_kernel_and_keep_to_them() {
     enter_empty_namespace();
     let receiver = receiver();
     let mut worker = Worker::new([vec![to_loopback(0, 65_536)]], loopback_socket());
+    // To a host each run goes by a call of its own.
     for (what, given, enters) in [
-        ("a full batch of one size", vec![100; BATCH], 1),
-        ("runs of as many bytes as a datagram may have", vec![1316; 100], 1),
+        ("a full batch of one size", vec![100; BATCH], BATCH as u64 / 64),
+        ("runs of as many bytes as a datagram may have", vec![1316; 100], 3),
         ("the longest datagram", vec![65_507], 1),
-        ("a last one that is shorter", vec![1000, 1000, 999, 1000], 1),
-        ("one that is longer", vec![1000, 1001, 1000], 1),
-        ("empty ones between", vec![0, 0, 5, 0, 5, 5], 1),
-        ("more runs than the send table holds", (0..BATCH).map(|n| 1 + n % 2 * 9).collect(), 3),
+        ("a last one that is shorter", vec![1000, 1000, 999, 1000], 2),
+        ("one that is longer", vec![1000, 1001, 1000], 2),
+        ("empty ones between", vec![0, 0, 5, 0, 5, 5], 5),
+        ("runs of two and of one", (0..BATCH).map(|n| 1 + n % 2 * 9).collect(), 513),
     ] {
         let before = (worker.egress.ring.enters(), worker.ledger.output(SLOT).sent.get());
         worker.relay(given.iter().map(|&len| (0, len)));
@@ -68,6 +69,25 @@ fn what_a_device_refuses_as_a_run_goes_one_by_one_from_then_on() {
     assert_eq!(sizes(&receiver), [400; 20]);
     let output = worker.ledger.output(SLOT);
     assert_eq!((output.sent.get(), output.dropped_total(), output.approximate.get()), (40, 0, 0));
+}
+
+#[test]
+fn an_error_of_another_host_leaves_the_order_as_it_was() {
+    enter_empty_namespace();
+    let receiver = receiver();
+    let mut deaf = to_loopback(0, 65_536);
+    deaf.route.as_mut().expect("a route").port = PORT + 1;
+    let mut worker = Worker::new([vec![deaf], vec![to_loopback(1, 65_536)]], loopback_socket());
+    let runs: Vec<_> = (0..200).map(|n| 300 - n).collect();
+    for _ in 0..20 {
+        // The answer waits at the socket that both go by.
+        worker.relay([(0, 10)]);
+        worker.relay(runs.iter().map(|&len| (1, len)));
+        assert_eq!(sizes(&receiver), runs);
+    }
+    let output = worker.ledger.output(OutputSlot(1));
+    assert_eq!((output.sent.get(), output.dropped_total()), (4_000, 0));
+    assert!(output.retried.get() >= 10, "no error was met: {output:?}");
 }
 
 #[test]

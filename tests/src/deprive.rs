@@ -26,6 +26,42 @@ pub fn without_capabilities(command: &mut Command, capabilities: &'static [libc:
     }
 }
 
+/// What mcr documents that it uses.
+pub const DOCUMENTED: &[libc::c_ulong] = &[CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_BPF];
+
+/// The ordinary user that tests become.
+pub const NOBODY: u32 = 65_534;
+
+/// Makes the command run as an ordinary user who has these capabilities alone, as a service manager gives them.
+pub fn as_ordinary_user(command: &mut Command, capabilities: &'static [libc::c_ulong]) {
+    // SAFETY: between fork and exec the closure makes system calls only, straight ones: those of libc would
+    // wait for threads that the child does not have.
+    unsafe {
+        command.pre_exec(move || {
+            let [low, high] = [0, 32].map(|first| {
+                let of_word =
+                    capabilities.iter().filter(|capability| (first..first + 32).contains(*capability));
+                of_word.fold(0u32, |mask, capability| mask | 1 << (capability - first))
+            });
+            // `_LINUX_CAPABILITY_VERSION_3`, and effective, permitted and inheritable ones of either word.
+            let header = [0x2008_0522u32, 0];
+            let sets = [low, low, low, high, high, high];
+            let nobody = libc::c_long::from(NOBODY);
+            let mut done = libc::prctl(libc::PR_SET_KEEPCAPS, 1) == 0
+                && libc::syscall(libc::SYS_setgroups, 0, 0) == 0
+                && libc::syscall(libc::SYS_setresgid, nobody, nobody, nobody) == 0
+                && libc::syscall(libc::SYS_setresuid, nobody, nobody, nobody) == 0
+                && libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) == 0
+                // Another user's wish to be killed with a parent is forgotten.
+                && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0;
+            for capability in capabilities {
+                done &= libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, *capability, 0, 0) == 0;
+            }
+            if done { Ok(()) } else { Err(io::Error::last_os_error()) }
+        });
+    }
+}
+
 /// Makes the command run with one system call answered by an error.
 pub fn without_syscall(command: &mut Command, syscall: libc::c_long, errno: i32) {
     let instruction = |code: u32, k: u32, jf: u8| libc::sock_filter { code: code as u16, jt: 0, jf, k };

@@ -3,7 +3,7 @@
 
 use std::{cell::Cell, process::Command};
 
-use crate::deprive::{NO_BPF, without_capabilities};
+use crate::deprive::{DOCUMENTED, NO_BPF, as_ordinary_user, without_capabilities};
 
 /// A kind of ingress interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub enum Ground {
     Macvlan,
     /// A veth, and a daemon that may load no eBPF: `auto` takes AF_PACKET with a classic filter.
     WithoutBpf,
+    /// A veth, and a daemon of an ordinary user with the documented capabilities: `auto` takes AF_XDP.
+    OrdinaryUser,
 }
 
 thread_local! {
@@ -39,7 +41,7 @@ impl Ground {
 
     /// The datapath that rules without a wish of their own get.
     pub fn datapath(self) -> &'static str {
-        if self == Self::Veth { "af-xdp" } else { "af-packet" }
+        if matches!(self, Self::Veth | Self::OrdinaryUser) { "af-xdp" } else { "af-packet" }
     }
 
     /// Gives `mcr run` what makes this ground.
@@ -47,6 +49,7 @@ impl Ground {
         match self {
             Self::PlainVeth => drop(run.args(["--datapath", "af-packet"])),
             Self::WithoutBpf => without_capabilities(run, NO_BPF),
+            Self::OrdinaryUser => as_ordinary_user(run, DOCUMENTED),
             Self::Veth | Self::Bridge | Self::Macvlan => {}
         }
     }
@@ -90,6 +93,16 @@ macro_rules! without_bpf {
     ($($test:ident),* $(,)?) => {
         mod without_bpf {
             $(#[test] fn $test() { tests::Ground::WithoutBpf.run(super::$test); })*
+        }
+    };
+}
+
+/// Makes tests of functions, for a daemon of an ordinary user.
+#[macro_export]
+macro_rules! as_ordinary_user {
+    ($($test:ident),* $(,)?) => {
+        mod as_ordinary_user {
+            $(#[test] fn $test() { tests::Ground::OrdinaryUser.run(super::$test); })*
         }
     };
 }

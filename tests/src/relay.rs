@@ -1,8 +1,11 @@
 //! A daemon under test, and its command line.
 
 use std::{
+    fs::File,
+    os::{fd::AsRawFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
+    sync::LazyLock,
     thread,
     time::Duration,
 };
@@ -55,27 +58,46 @@ impl<'a> Relay<'a> {
     /// As [`Self::start`], by a command made from [`Self::command`].
     #[track_caller]
     pub fn spawn(site: &'a Site, command: &mut Command) -> Self {
+        Self::spawn_at(site, command, site.scratch.dir().join("mcr.sock"))
+    }
+
+    /// As [`Self::spawn`], where the control socket is elsewhere.
+    #[track_caller]
+    pub fn spawn_at(site: &'a Site, command: &mut Command, control: PathBuf) -> Self {
         let daemon = Process::spawn(command);
         let mut relay = Self {
             namespace: &site.relay,
             ground: site.ground,
             pin_root: site.scratch.pin_root().to_owned(),
-            control: site.scratch.dir().join("mcr.sock"),
+            control,
             daemon,
         };
         relay.wait_until_ready();
         relay
     }
 
-    /// `mcr run` with the site's control socket and pin root, in its relay host.
+    /// `mcr run` with the site's control socket and pin root, in its relay host, with what makes its ground.
     pub fn command(site: &Site) -> Command {
-        let mut command = site.relay.command(binary());
+        let mut command = Self::bare_command(site);
+        site.ground.prepare(&mut command);
         command
+    }
+
+    /// As [`Self::command`], with all that root has.
+    pub fn bare_command(site: &Site) -> Command {
+        // By a descriptor an ordinary user gets there wherever it lies.
+        static BINARY: LazyLock<File> = LazyLock::new(|| File::open(binary()).expect("the binary"));
+        let binary = match site.ground {
+            Ground::OrdinaryUser => format!("/proc/self/fd/{}", BINARY.as_raw_fd()).into(),
+            _ => binary(),
+        };
+        let mut command = site.relay.command(binary);
+        command
+            .arg0("mcr")
             .args(["run", "--control"])
             .arg(site.scratch.dir().join("mcr.sock"))
             .arg("--pin-root")
             .arg(site.scratch.pin_root());
-        site.ground.prepare(&mut command);
         command
     }
 

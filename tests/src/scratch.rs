@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::chown,
     path::{Path, PathBuf},
     process,
     sync::{
@@ -10,10 +11,15 @@ use std::{
     },
 };
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
 /// Where the namespaces' names stand.
 pub const NETNS_DIR: &str = "/run/netns";
 /// Where the pin roots of the tests stand.
 pub const BPFFS: &str = "/sys/fs/bpf";
+
+/// Where in a temporary directory a bpffs of its own is mounted.
+const OWN_BPFFS: &str = "bpf";
 
 const PREFIX: &str = "mcrt";
 const PIN_PREFIX: &str = "mcr-test";
@@ -45,6 +51,20 @@ impl Scratch {
         Self { dir, pin_root: Path::new(BPFFS).join(format!("{PIN_PREFIX}-{pid}-{n}")) }
     }
 
+    /// One that a user may use, with a bpffs of its own: the usual one may be closed to others than root.
+    pub fn of_user(uid: u32) -> Self {
+        let mut scratch = Self::make();
+        let bpffs = scratch.dir.join(OWN_BPFFS);
+        scratch.pin_root = bpffs.join("mcr");
+        fs::create_dir_all(&bpffs).expect("a directory for a bpffs");
+        let made = mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>);
+        made.expect("mount a bpffs (root needed)");
+        for place in [&scratch.dir, &bpffs] {
+            chown(place, Some(uid), Some(uid)).expect("hand a directory over");
+        }
+        scratch
+    }
+
     /// The temporary directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -58,9 +78,8 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        for dir in [&self.dir, &self.pin_root] {
-            let _gone_already = fs::remove_dir_all(dir);
-        }
+        remove(&self.pin_root);
+        remove(&self.dir);
     }
 }
 
@@ -76,9 +95,15 @@ pub fn sweep_now() {
     }
     for (dir, prefix) in [(std::env::temp_dir(), PREFIX), (PathBuf::from(BPFFS), PIN_PREFIX)] {
         for name in leftovers(&dir, prefix) {
-            let _gone_already = fs::remove_dir_all(dir.join(name));
+            remove(&dir.join(name));
         }
     }
+}
+
+/// Removes a directory, and the bpffs that may be mounted within.
+fn remove(dir: &Path) {
+    let _none_mounted = umount2(&dir.join(OWN_BPFFS), MntFlags::MNT_DETACH);
+    let _gone_already = fs::remove_dir_all(dir);
 }
 
 /// Entries `PREFIX-PID-...` of a directory whose process is gone.

@@ -17,6 +17,7 @@ use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
 
 use crate::{
     Capture, Ground, Namespace, RawSender, Scratch, Udp,
+    deprive::NOBODY,
     wait::{PATIENCE, wait_until},
 };
 
@@ -87,7 +88,10 @@ impl Site {
     /// Builds the namespaces and waits until each bridge forwards by membership.
     #[track_caller]
     pub fn build(plan: Plan) -> Self {
-        let scratch = Scratch::make();
+        let scratch = match plan.ground {
+            Ground::OrdinaryUser => Scratch::of_user(NOBODY),
+            _ => Scratch::make(),
+        };
         let relay = Namespace::new("relay");
         // Strict: what comes from where no route leads is dropped by the host itself.
         relay.sysctl("ipv4/conf/all/rp_filter", "1");
@@ -204,14 +208,16 @@ impl Segment {
     pub fn plug(&self, relay: &Namespace) {
         let (interface, end) = (&self.interface, self.end());
         match self.plan.ground {
-            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf => self.lay_cable(relay),
+            Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => {
+                self.lay_cable(relay);
+            }
             Ground::Bridge => relay.ip(&[
                 &format!("link add {interface} type bridge mcast_snooping 0"),
                 &format!("link set {end} master {interface} up"),
             ]),
             Ground::Macvlan => relay.ip(&[
                 &format!("link set {end} up"),
-                &format!("link add {interface} link {end} type macvlan mode private"),
+                &format!("link add {interface} link {end} type macvlan mode private bcqueuelen 20000"),
             ]),
         }
         relay.ip(&[&format!("addr add {}/24 dev {interface}", self.relay_address)]);

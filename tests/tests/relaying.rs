@@ -304,3 +304,19 @@ tests::without_bpf!(
     payloads_of_every_size_arrive_whole,
     outputs_come_and_go_while_the_others_lose_nothing
 );
+
+tests::as_ordinary_user!(
+    one_output_receives_all,
+    three_outputs_receive_all,
+    a_host_and_a_group_receive_all,
+    a_host_where_no_one_listens_disturbs_no_other_output,
+    an_output_has_the_defaults_that_the_manual_states,
+    an_output_has_the_ttl_and_dscp_of_its_options,
+    an_output_has_the_source_of_its_options,
+    outputs_that_differ_in_port_or_interface_only_are_two,
+    a_ttl_that_is_used_up_is_a_drop_with_a_reason,
+    payloads_of_every_size_arrive_whole,
+    what_exceeds_the_egress_mtu_is_dropped_as_too_big,
+    fragments_are_not_relayed_but_counted,
+    outputs_come_and_go_while_the_others_lose_nothing,
+);

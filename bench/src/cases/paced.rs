@@ -14,6 +14,7 @@ use crate::{
     bench::Bench,
     buckets::{self, Buckets, at},
     cases::saturation::PAYLOAD,
+    cpu::{RELAY_CPU, SOURCE_CPU},
     daemon::{Daemon, IN_PORT, OUT_PORT, group_in, group_out},
     figures::{Figures, LOST, SENT, Subject, Unit, metric},
     programs,
@@ -107,9 +108,10 @@ impl DelaySink {
     }
 }
 
-/// Three relays in a row, their workers on one CPU.
+/// Three relays in a row, on either CPU in turn.
 pub fn chain(bench: &Bench, figures: &mut Figures) -> Result<()> {
     const RELAYS: u8 = 3;
+    const CPUS: [usize; 2] = [RELAY_CPU, SOURCE_CPU];
     let ends = [(group_in(0), IN_PORT), (group_out(0, 0, 1), OUT_PORT)];
     for round in 1..=bench.rounds() {
         for rate in [150_000, 250_000] {
@@ -121,7 +123,7 @@ pub fn chain(bench: &Bench, figures: &mut Figures) -> Result<()> {
                 let sink = Sink::attach(&site)?;
                 let mut daemons = Vec::new();
                 for (k, relay) in site.relays.iter().enumerate() {
-                    let daemon = Daemon::start(bench, relay, system.name())?;
+                    let daemon = Daemon::start_on(bench, relay, system.name(), CPUS[k % 2])?;
                     // To and fro between two groups.
                     daemon.relay_one(bench, ends[k % 2], ends[(k + 1) % 2])?;
                     daemons.push(daemon);

@@ -14,9 +14,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    unistd::Gid,
+};
 use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
+
+use crate::{
+    supervisor::settings::DEFAULT_CONTROL,
+    sys::privileges::{self, Account},
+};
 
 /// Longest path of a Unix socket: `sun_path` less its NUL.
 pub const MAX_PATH_BYTES: usize = 107;
@@ -68,6 +76,8 @@ fn pid_text(pid: Option<u32>) -> String {
 pub struct ControlLock {
     socket: PathBuf,
     lock: PathBuf,
+    /// The directory is mcr's: made for this socket, or the usual one.
+    own_directory: bool,
     /// Held open: the lock ends with it.
     _file: Flock<File>,
 }
@@ -79,16 +89,28 @@ impl ControlLock {
         let Some(name) = socket.file_name() else {
             return Err(BindError::NoFileName { path: socket.to_owned() });
         };
-        make_parent(socket)?;
+        let made = make_parent(socket)?;
         let mut lock_name = name.to_owned();
         lock_name.push(".lock");
         let lock = socket.with_file_name(lock_name);
         let file = lock_file(&lock, socket)?;
-        Ok(Self { socket: socket.to_owned(), lock, _file: file })
+        let own_directory = made || socket.parent() == Path::new(DEFAULT_CONTROL).parent();
+        Ok(Self { socket: socket.to_owned(), lock, own_directory, _file: file })
     }
 
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Makes the lock an account's, and mcr's own directory with it: the account is to put its socket there.
+    pub fn give_to(&self, account: &Account) -> Result<(), BindError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| BindError::Io { what: "hand over", path, source }
+        };
+        privileges::give(&self.lock, account).map_err(failed(&self.lock))?;
+        let parent = self.socket.parent().filter(|_| self.own_directory);
+        parent.map_or(Ok(()), |parent| privileges::give(parent, account).map_err(failed(parent)))
     }
 }
 
@@ -103,10 +125,13 @@ impl Drop for ControlLock {
     }
 }
 
-fn make_parent(socket: &Path) -> Result<(), BindError> {
-    let Some(parent) = socket.parent().filter(|parent| !parent.as_os_str().is_empty()) else { return Ok(()) };
+/// Makes the directory of a socket. False if it was there.
+fn make_parent(socket: &Path) -> Result<bool, BindError> {
+    let Some(parent) = socket.parent().filter(|parent| !parent.as_os_str().is_empty()) else {
+        return Ok(false);
+    };
     if parent.is_dir() {
-        return Ok(());
+        return Ok(false);
     }
     DirBuilder::new()
         .recursive(true)
@@ -114,6 +139,7 @@ fn make_parent(socket: &Path) -> Result<(), BindError> {
         .create(parent)
         // A strict umask would lock out the group that the socket is for.
         .and_then(|()| fs::set_permissions(parent, Permissions::from_mode(0o755)))
+        .map(|()| true)
         .map_err(|source| BindError::Io { what: "make the directory", path: parent.to_owned(), source })
 }
 
@@ -159,9 +185,9 @@ fn is_socket(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
-/// Listens on the lock's socket, mode 0660, in place of one that a killed daemon left. The listener does
-/// not block, as tokio wants it.
-pub fn bind(lock: &ControlLock) -> Result<StdListener, BindError> {
+/// Listens on the lock's socket, mode 0660 and of this group, in place of one that a killed daemon left. The
+/// listener does not block, as tokio wants it.
+pub fn bind(lock: &ControlLock, group: Option<Gid>) -> Result<StdListener, BindError> {
     let path = lock.socket();
     let failed = |what| move |source| BindError::Io { what, path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
@@ -176,6 +202,7 @@ pub fn bind(lock: &ControlLock) -> Result<StdListener, BindError> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.bind(&SockAddr::unix(path)?)?;
         // Nobody can connect before `listen`, so there is no moment in which the mode is wider.
+        std::os::unix::fs::lchown(path, None, group.map(Gid::as_raw))?;
         fs::set_permissions(path, Permissions::from_mode(0o660))?;
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
@@ -195,7 +222,7 @@ mod tests {
         let dir = Scratch::new();
         let path = dir.path().join("a/b/mcr.sock");
         let lock = ControlLock::acquire(&path).unwrap();
-        let listener = bind(&lock).unwrap();
+        let listener = bind(&lock, None).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o660);
         assert_eq!(fs::metadata(path.parent().unwrap()).unwrap().mode() & 0o7777, 0o755);
         assert_eq!(
@@ -213,7 +240,7 @@ mod tests {
         let dir = Scratch::new();
         let path = dir.path().join("mcr.sock");
         let lock = ControlLock::acquire(&path).unwrap();
-        let _listener = bind(&lock).unwrap();
+        let _listener = bind(&lock, None).unwrap();
         let error = ControlLock::acquire(&path).unwrap_err().to_string();
         let pid = std::process::id();
         assert!(error.starts_with("a daemon is running on "), "{error}");
@@ -230,7 +257,7 @@ mod tests {
         drop(StdListener::bind(&path).unwrap());
         fs::write(dir.path().join("mcr.sock.lock"), "99999999\nmore than a pid\n").unwrap();
         let lock = ControlLock::acquire(&path).unwrap();
-        let _listener = bind(&lock).unwrap();
+        let _listener = bind(&lock, None).unwrap();
         UnixStream::connect(&path).unwrap();
     }
 
@@ -240,7 +267,7 @@ mod tests {
         let path = dir.path().join("mcr.sock");
         fs::write(&path, "precious").unwrap();
         let lock = ControlLock::acquire(&path).unwrap();
-        assert!(matches!(bind(&lock), Err(BindError::NotASocket { .. })));
+        assert!(matches!(bind(&lock, None), Err(BindError::NotASocket { .. })));
         drop(lock);
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     }
@@ -249,7 +276,7 @@ mod tests {
     fn a_path_too_long_is_refused_in_one_line() {
         let dir = Scratch::new();
         let fits = dir.path().join("x".repeat(MAX_PATH_BYTES - dir.path().as_os_str().len() - 1));
-        let _listener = bind(&ControlLock::acquire(&fits).unwrap()).unwrap();
+        let _listener = bind(&ControlLock::acquire(&fits).unwrap(), None).unwrap();
         let long = dir.path().join("x".repeat(MAX_PATH_BYTES - dir.path().as_os_str().len()));
         let error = ControlLock::acquire(&long).unwrap_err().to_string();
         assert!(error.contains("is too long (108 bytes, the kernel takes 107): choose another"), "{error}");

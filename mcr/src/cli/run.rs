@@ -35,6 +35,12 @@ pub struct Args {
     /// The control socket to listen on
     #[arg(long, value_name = "PATH", env = "MCR_CONTROL", default_value = DEFAULT_CONTROL)]
     control: PathBuf,
+    /// Group whose members may use the control socket [default: the daemon's own]
+    #[arg(long, value_name = "GROUP")]
+    group: Option<String>,
+    /// Become this user once started as root, keeping only the capabilities that are used
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
     /// Directory on bpffs under which program, maps and link are pinned
     #[arg(long, value_name = "DIR", default_value = DEFAULT_PIN_ROOT)]
     pin_root: PathBuf,
@@ -70,6 +76,8 @@ impl From<Args> for Settings {
             cpus: args.cpus.map(|CpuList(cpus)| cpus),
             busy_poll_us: args.busy_poll,
             control: args.control,
+            group: args.group,
+            user: args.user,
             pin_root: args.pin_root,
             source_port: args.source_port,
             max_rules: args.max_rules,
@@ -113,7 +121,7 @@ mod tests {
     #[test]
     fn arguments_become_settings() {
         let given = settings(
-            "--datapath af-xdp --generic-xdp --busy-poll 50 --workers 2 --cpus 6,0-3 --control /tmp/s --pin-root /tmp/bpf --source-port 7000 \
+            "--datapath af-xdp --generic-xdp --busy-poll 50 --workers 2 --cpus 6,0-3 --control /tmp/s --group ops --user mcr --pin-root /tmp/bpf --source-port 7000 \
              --max-rules 10 --bpf-object a.o --log-format json --log-level debug",
         );
         let expected = Settings {
@@ -123,6 +131,8 @@ mod tests {
             cpus: Some(vec![0, 1, 2, 3, 6]),
             busy_poll_us: Some(50),
             control: "/tmp/s".into(),
+            group: Some("ops".to_owned()),
+            user: Some("mcr".to_owned()),
             pin_root: "/tmp/bpf".into(),
             source_port: Some(7000),
             max_rules: 10,

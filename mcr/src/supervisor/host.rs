@@ -19,14 +19,17 @@ use nix::{
         resource::{Resource, getrlimit, setrlimit},
         statfs::{FsType, statfs},
     },
-    unistd::Pid,
+    unistd::{AccessFlags, Pid, access, geteuid},
 };
 use tracing::warn;
 
 use crate::{
     datapath::budget::HostLimits,
     ebpf::Object,
-    sys::{multicast, privileges},
+    sys::{
+        multicast,
+        privileges::{self, Account},
+    },
     worker::ring::Ring,
 };
 
@@ -49,8 +52,10 @@ pub fn check_capabilities() -> anyhow::Result<()> {
     let missing = privileges::missing();
     if !missing.is_empty() {
         bail!(
-            "mcr run needs {}: run it as root, or give the capabilities by a service manager or `setpriv --ambient-caps`",
-            missing.join(" and ")
+            "mcr run needs {}: run it as root, with --user if it is to be another's; or give an ordinary user {} by \
+             AmbientCapabilities= of a service or `setpriv --ambient-caps`",
+            missing.join(" and "),
+            privileges::documented().join(", ")
         );
     }
     Ok(())
@@ -197,13 +202,40 @@ fn clear_leftovers(pins: &Path) {
     let _ = fs::remove_dir(pins);
 }
 
+impl Namespace {
+    /// Makes the place of the pins an account's.
+    pub fn give_to(&self, account: &Account) -> anyhow::Result<()> {
+        let root = self.root();
+        fs::create_dir_all(root)
+            .and_then(|()| privileges::give(root, account))
+            .with_context(|| format!("{} cannot be handed over", root.display()))
+    }
+
+    /// Refuses to go on where pins cannot be made.
+    pub fn check_pins(&self) -> anyhow::Result<()> {
+        let root = self.root();
+        let made = fs::create_dir_all(root).map_err(anyhow::Error::from);
+        let able = made.and_then(|()| Ok(access(root, AccessFlags::W_OK | AccessFlags::X_OK)?));
+        able.with_context(|| {
+            format!(
+                "{} is closed to user {}: open the way to it (`chmod 0711 {BPF_FS}`) and make it theirs, or choose \
+                 another --pin-root",
+                root.display(),
+                geteuid()
+            )
+        })
+    }
+
+    fn root(&self) -> &Path {
+        self.pins.parent().unwrap_or(&self.pins)
+    }
+}
+
 impl Drop for Namespace {
     fn drop(&mut self) {
         // Each fails while something is left in it, which then is somebody else's.
         let _ = fs::remove_dir(&self.pins);
-        if let Some(root) = self.pins.parent() {
-            let _ = fs::remove_dir(root);
-        }
+        let _ = fs::remove_dir(self.root());
     }
 }
 

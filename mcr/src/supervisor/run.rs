@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
+use nix::unistd::geteuid;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
@@ -38,9 +39,12 @@ use crate::{
         log::LogControl,
         settings::Settings,
         state::{Limits, State},
-        worker_process::{End, WorkerProcess},
+        worker_process::{self, End, WorkerProcess},
     },
-    sys::ethtool,
+    sys::{
+        ethtool,
+        privileges::{self, Account},
+    },
     worker::{
         ledger::Layout,
         protocol::{Ingress, PacketRing, Setup},
@@ -82,6 +86,11 @@ pub struct Daemon {
 /// The daemon's life.
 pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     host::check_capabilities()?;
+    let group = settings.group.as_deref().map(privileges::group).transpose()?;
+    let account = settings.user.as_deref().map(|user| Account::of(user, group)).transpose()?;
+    if account.is_some() && !geteuid().is_root() {
+        anyhow::bail!("--user is for root: leave it out, the daemon runs as user {} then", geteuid());
+    }
     let object = Object::open(settings.bpf_object.as_deref())?;
     host::check_io_uring()?;
     datapath::check_built(settings.datapath)?;
@@ -112,9 +121,19 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     check_budget(&limits, named)?;
     let lock = ControlLock::acquire(&settings.control)?;
     let namespace = host::claim_namespace(&settings.pin_root, limits.no_bpf.is_none())?;
+    if let Some(account) = &account {
+        lock.give_to(account)?;
+        namespace.give_to(account)?;
+    }
+    if let Err(error) = privileges::step_down(account.as_ref()) {
+        anyhow::bail!("the daemon cannot give up what it does not need: {error}");
+    }
+    if limits.no_bpf.is_none() {
+        namespace.check_pins()?;
+    }
     let source_port =
         SourcePort::hold(settings.source_port).with_context(|| source_port_refused(settings.source_port))?;
-    let listener = tokio::net::UnixListener::from_std(socket::bind(&lock)?)?;
+    let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
 
     let limits = Limits { source_port: source_port.get(), ..limits };
@@ -222,6 +241,7 @@ impl Daemon {
                 Some(end) = ended.recv() => self.bury(end).await,
                 () = links.changed() => self.read_links(&links).await,
                 _ = second.tick() => {
+                    self.end_hung_workers();
                     self.read_packet_statistics();
                     self.clear_socket_errors();
                     self.books.sample(&self.state);
@@ -266,6 +286,18 @@ impl Daemon {
 
     fn clear_socket_errors(&self) {
         self.packet_sockets.values().for_each(|ingress| ingress.socket.clear_error());
+    }
+
+    /// Ends workers that give no sign of life; their ends have them restarted.
+    fn end_hung_workers(&mut self) {
+        for (id, worker) in &mut self.workers {
+            let relays =
+                self.state.workers().get(id).is_some_and(|running| running.steered && !running.failed);
+            if relays && worker.hangs(self.books.worker_enters(id)) {
+                warn!(worker = %id, "{}", worker_process::HUNG);
+                worker.kill();
+            }
+        }
     }
 
     async fn read_links(&mut self, watch: &LinkWatch) {

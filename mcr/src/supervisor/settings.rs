@@ -26,6 +26,10 @@ pub struct Settings {
     /// what comes.
     pub busy_poll_us: Option<u32>,
     pub control: PathBuf,
+    /// Whose the control socket is beside the daemon's user.
+    pub group: Option<String>,
+    /// Whom the daemon becomes once it has what only root can give it.
+    pub user: Option<String>,
     pub pin_root: PathBuf,
     /// Source port of what is sent; chosen once if none.
     pub source_port: Option<u16>,

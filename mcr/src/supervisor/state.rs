@@ -321,7 +321,7 @@ impl State {
     }
 
     fn worker_exited(&mut self, id: WorkerId, why: String, lived: Duration) -> Vec<Effect> {
-        self.actual.workers.remove(&id);
+        let failed = self.actual.workers.remove(&id).is_some_and(|running| running.failed);
         if self.stopping {
             return Vec::new();
         }
@@ -330,9 +330,11 @@ impl State {
             Some(last) if lived < SETTLED => (2 * last).min(LONGEST_PAUSE),
             _ => FIRST_PAUSE,
         };
+        // Why a worker was ended says more than how.
+        let known = mishaps.last_exit.take().filter(|_| failed);
         *mishaps = Mishaps {
             restarts: mishaps.restarts + 1,
-            last_exit: Some(why),
+            last_exit: known.or(Some(why)),
             pause: Some(pause),
             waiting: true,
         };

@@ -65,7 +65,15 @@ pub struct WorkerProcess {
     ended: watch::Receiver<bool>,
     /// The worker's AF_XDP sockets, until they are in the XSKMAP.
     sockets: Vec<(QueueId, OwnedFd)>,
+    /// Calls of the kernel that it had made when it was looked at last, and at how many looks none was new.
+    pulse: (u64, u32),
 }
+
+/// Looks in a row, a second apart, at which a worker has made no call of the kernel: its timer makes four a second.
+const STILL: u32 = 4;
+
+/// Why a worker was killed by [`WorkerProcess::hangs`].
+pub const HUNG: &str = "it gave no sign of life for 4 seconds and was killed";
 
 impl WorkerProcess {
     /// Spawns a worker. It exists from now on, though it may be of no use: [`set_up`](Self::set_up) tells.
@@ -89,7 +97,15 @@ impl WorkerProcess {
         // SAFETY: the descriptor is owned by the AsyncFd alone and always answers the same.
         let socket =
             unsafe { AsyncFd::register(ours) }.map_err(|error| WorkerError::Spawn(error.into_parts().1))?;
-        Ok(Self { pid, socket, buffer: vec![0; MAX_PACKET_BYTES], sequence: 0, ended, sockets: Vec::new() })
+        Ok(Self {
+            pid,
+            socket,
+            buffer: vec![0; MAX_PACKET_BYTES],
+            sequence: 0,
+            ended,
+            sockets: Vec::new(),
+            pulse: (0, 0),
+        })
     }
 
     /// Hands over what the worker is made of; answers its AF_XDP sockets, in the order of the queues.
@@ -161,8 +177,19 @@ impl WorkerProcess {
         let _ = kill(Pid::from_raw(self.pid as i32), Signal::SIGKILL);
     }
 
-    /// What the worker said of why it ended, if it could.
+    /// Looks whether the worker moves, by the calls of the kernel that it has made. What keeps the supervisor
+    /// itself from its CPU makes for fewer looks.
+    pub fn hangs(&mut self, calls: u64) -> bool {
+        let (before, still) = self.pulse;
+        self.pulse = (calls, if calls == before { still + 1 } else { 0 });
+        self.pulse.1 >= STILL
+    }
+
+    /// What the worker said of why it ended, if it could, or what is known of it.
     pub fn last_words(&mut self) -> Option<String> {
+        if self.pulse.1 >= STILL {
+            return Some(HUNG.to_owned());
+        }
         while let Ok((len, _)) = channel::receive(self.socket.get_ref(), &mut self.buffer) {
             if len == 0 {
                 break;

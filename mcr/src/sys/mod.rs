@@ -5,4 +5,5 @@ pub mod cpu_list;
 pub mod ethtool;
 pub mod multicast;
 pub mod privileges;
+pub mod seccomp;
 pub mod socket_option;

@@ -313,7 +313,11 @@ impl UringEgress {
 
 impl Egress for UringEgress {
     fn send(&mut self, ledger: &Ledger, run: Run<'_>) {
-        if self.used == self.sends.len()
+        // A send to a host may fail by an ICMP error of an earlier one: it is repeated before what follows it.
+        let follows = !run.route.destination.is_multicast()
+            && self.used > 0
+            && self.sends[self.used - 1].output == run.output;
+        if (follows || self.used == self.sends.len())
             && let Err(error) = self.flush(ledger)
         {
             // The ring itself failed: the worker ends at its next flush, and the ledger knows the rest.

@@ -29,7 +29,7 @@ use tracing_subscriber::{EnvFilter, reload};
 
 use crate::{
     rule::QueueId,
-    sys::{channel, privileges},
+    sys::{channel, privileges, seccomp},
     worker::{
         egress::UringEgress,
         event_loop::EventLoop,
@@ -161,6 +161,7 @@ fn relay_from<I: Ingress>(
     if let Err(error) = privileges::drop_all() {
         bail!("the worker cannot give up its capabilities: {error}");
     }
+    seccomp::confine().context("the worker cannot confine itself to its system calls (seccomp)")?;
     supervisor.report(&Report::Ready, &sockets.iter().collect::<Vec<_>>())?;
     EventLoop::new(queues, relaying, UringEgress::new(ring)).run(supervisor)
 }

@@ -5,13 +5,16 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
 };
 
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
 
 /// Entries of the submission queue. A full queue is submitted, never overrun.
 const ENTRIES: u32 = 512;
 
 /// Sockets that are registered with the ring: sends on these take no reference on a file each.
 const FILES: u32 = 256;
+
+/// `IORING_REGISTER_FILES_UPDATE`.
+const REGISTER_FILES_UPDATE: u8 = 6;
 
 /// What a completion belongs to; carried in `user_data`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,12 +96,14 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Sets the ring up.
+    /// Sets the ring up, for what it is used for here and nothing else: any other operation is answered by
+    /// EACCES.
     ///
     /// Needs Linux 6.1 (`IORING_SETUP_DEFER_TASKRUN`): older kernels answer EINVAL, kernels where
     /// io_uring is switched off or blocked EPERM or ENOSYS.
     pub fn new() -> io::Result<Self> {
         let uring = IoUring::builder()
+            .setup_r_disabled()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
@@ -107,6 +112,14 @@ impl Ring {
             .build(ENTRIES)?;
         // A low limit of descriptors forbids the table, and sends do without.
         let no_table = uring.submitter().register_files_sparse(FILES).is_err();
+        uring.submitter().register_restrictions(&mut [
+            Restriction::sqe_op(opcode::SendMsg::CODE),
+            Restriction::sqe_op(opcode::PollAdd::CODE),
+            Restriction::sqe_op(opcode::Timeout::CODE),
+            Restriction::sqe_flags_allowed((squeue::Flags::SKIP_SUCCESS | squeue::Flags::FIXED_FILE).bits()),
+            Restriction::register_op(REGISTER_FILES_UPDATE),
+        ])?;
+        uring.submitter().register_enable_rings()?;
         let period = Box::new(types::Timespec::new());
         Ok(Self { uring, files: [no_table; FILES as usize], enters: 0, period })
     }
@@ -234,6 +247,30 @@ impl Ring {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What becomes of an operation that is not among those of a worker.
+    fn result_of(ring: &mut Ring, entry: &squeue::Entry) -> i32 {
+        // SAFETY: what the entries of the tests point to is static.
+        unsafe { ring.push(entry).unwrap() };
+        ring.wait().unwrap();
+        ring.completion().unwrap().result
+    }
+
+    #[test]
+    fn takes_nothing_but_what_a_worker_does() {
+        let mut ring = Ring::new().unwrap();
+        let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/etc/hostname".as_ptr()).build();
+        assert_eq!(result_of(&mut ring, &open), -libc::EACCES);
+        let socket = opcode::Socket::new(libc::AF_PACKET, libc::SOCK_RAW, 0).build();
+        assert_eq!(result_of(&mut ring, &socket), -libc::EACCES);
+        let linked = opcode::PollAdd::new(types::Fd(0), libc::POLLIN as u32).build();
+        assert_eq!(result_of(&mut ring, &linked.flags(squeue::Flags::ASYNC)), -libc::EACCES);
+        let refused = ring.uring.submitter().register_eventfd(0).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
+        ring.push_timer(1).unwrap();
+        ring.wait().unwrap();
+        assert_eq!(ring.completion().unwrap().token, Token::Timer);
+    }
 
     #[test]
     fn tokens_survive_the_ring() {

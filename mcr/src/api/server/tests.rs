@@ -35,7 +35,7 @@ impl Server {
         let dir = Scratch::new();
         let path = dir.path().join("mcr.sock");
         let lock = ControlLock::acquire(&path).unwrap();
-        let listener = bind(&lock).unwrap();
+        let listener = bind(&lock, None).unwrap();
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::spawn(move || {
             let _lock = lock;
