@@ -13,7 +13,6 @@ use aya::{
     programs::{
         ProgramError, SocketFilter, Xdp, XdpMode,
         links::{FdLink, PinnedLink},
-        loaded_programs,
     },
 };
 use mcr_common::{
@@ -404,17 +403,13 @@ pub fn last_words(error: &EbpfError) -> String {
     )
 }
 
-/// Name and id of a program, as `bpftool prog` shows them.
+/// A program, and how to learn more of it.
 fn describe(program: Option<u32>) -> String {
-    let Some(id) = program else { return "of unknown id (see `bpftool net`)".to_owned() };
-    let name = loaded_programs()
-        .filter_map(Result::ok)
-        .find(|info| info.id() == id)
-        .and_then(|info| info.name_as_str().map(str::to_owned));
-    match name {
-        Some(name) => format!("'{name}' (id {id})"),
-        None => format!("id {id}"),
-    }
+    // Its name is for CAP_SYS_ADMIN to know.
+    program.map_or_else(
+        || "of unknown id (see `bpftool net`)".to_owned(),
+        |id| format!("id {id} (`bpftool prog show id {id}` names it)"),
+    )
 }
 
 /// Waits until every eBPF program that was running when it was called has ended.

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use mcr::api::wire::{Health, RuleShow};
 use tests::{
     Captured, Generator, Ground, RawSender, Receiver, Relay, Site, Source, Udp,
-    bpf::{FOREIGN_NAME, ForeignXdp},
+    bpf::ForeignXdp,
     capture::assert_sequence,
     site::{ETH, Membership, Plan},
     source::Stream,
@@ -79,7 +79,11 @@ fn auto_takes_af_packet_where_the_slot_is_taken_and_af_xdp_when_it_is_free() {
     let site = on(Ground::Veth);
     let foreign = ForeignXdp::attach(&site.relay, "in0");
     let relay = Relay::start(&site);
-    check_falls_back(&site, &relay, &["another XDP program", FOREIGN_NAME]);
+    check_falls_back(
+        &site,
+        &relay,
+        &["another XDP program", &format!("bpftool prog show id {}", foreign.id)],
+    );
     drop(foreign);
     wait_until("the rule moves", tests::wait::PATIENCE, || {
         relay.show("cam1").datapath.as_deref() == Some("af-xdp")

@@ -9,7 +9,7 @@ use std::{
 use mcr_common::abi;
 use tests::{
     Process, Relay, Site, Source,
-    bpf::{self, FOREIGN_NAME, ForeignXdp},
+    bpf::{self, ForeignXdp},
     deprive::{
         CAP_BPF, CAP_IPC_LOCK, CAP_NET_ADMIN, CAP_NET_RAW, NO_BPF, with_limit, without_capabilities,
         without_syscall,
@@ -234,7 +234,7 @@ fn a_strangers_program_in_the_slot_is_named_and_left_alone() {
     let answer = relay.cli(&call);
     let line = answer.refused(1);
     assert!(line.contains("in0"), "{answer}");
-    assert!(line.contains(FOREIGN_NAME) || line.contains(&foreign.id.to_string()), "{answer}");
+    assert!(line.contains(&format!("bpftool prog show id {}", foreign.id)), "{answer}");
     assert_eq!(attached(), foreign.id);
     // Once the slot is free, the same call is done.
     drop(foreign);
