@@ -103,6 +103,59 @@ fn root_becomes_the_user_that_is_named() {
 }
 
 #[test]
+fn another_user_takes_over_what_a_stopped_or_killed_daemon_left() {
+    let site = Site::build(Plan { ground: Ground::OrdinaryUser, ..Plan::default() });
+    let control = site.scratch.dir().join("own/mcr.sock");
+    let start = |user: Option<&str>| {
+        let mut command = site.relay.command(binary());
+        command.args(["run", "--control"]).arg(&control).arg("--pin-root").arg(site.scratch.pin_root());
+        if let Some(user) = user {
+            command.args(["--user", user]);
+        }
+        Relay::spawn_at(&site, &mut command, control.clone())
+    };
+    let mut users = [Some("nobody"), None, Some("daemon"), None, Some("nobody")].into_iter();
+    for end in [Signal::SIGTERM, Signal::SIGKILL].into_iter().cycle().take(5) {
+        let mut relay = start(users.next().unwrap());
+        relays_1000(&relay, &site, "af-xdp");
+        relay.signal(end);
+        relay.wait(PATIENCE);
+    }
+    for user in [Some("daemon"), None] {
+        start(user).signal(Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn what_a_link_among_the_pins_leads_to_is_left_alone() {
+    let site = Site::build(Plan { ground: Ground::OrdinaryUser, ..Plan::default() });
+    let victim = site.scratch.dir().join("victim/jobs");
+    fs::create_dir_all(&victim).unwrap();
+    fs::write(victim.join("job"), "not mcr's").unwrap();
+    fs::create_dir(site.scratch.pin_root()).unwrap();
+    let pins = site.scratch.pin_root().join(tests::relay::netns_cookie(&site.relay).to_string());
+    std::os::unix::fs::symlink(victim.parent().unwrap(), pins).unwrap();
+    let mut command = Relay::bare_command(&site);
+    drop(Relay::spawn(&site, command.args(["--user", "nobody"])));
+    assert_eq!(fs::read_to_string(victim.join("job")).unwrap(), "not mcr's");
+    assert_eq!(fs::metadata(victim).unwrap().uid(), 0);
+}
+
+#[test]
+fn a_stopped_worker_does_not_outlive_its_daemon() {
+    let site = Site::default();
+    let mut relay = Relay::start(&site);
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    let worker = relay.workers()[0].pid.unwrap();
+    nix::sys::signal::kill(Pid::from_raw(worker.cast_signed()), Signal::SIGSTOP).unwrap();
+    relay.signal(Signal::SIGKILL);
+    relay.wait(PATIENCE);
+    tests::wait_until("the worker is gone", PATIENCE, || !site.relay.processes().contains(&worker));
+    relay.start_again(&site);
+    relays_1000(&relay, &site, "af-xdp");
+}
+
+#[test]
 fn users_and_groups_that_there_are_not_are_named() {
     let site = Site::default();
     for (option, what) in [("--user", "there is no user"), ("--group", "there is no group")] {

@@ -79,7 +79,7 @@ pub struct ControlLock {
     /// The directory is mcr's: made for this socket, or the usual one.
     own_directory: bool,
     /// Held open: the lock ends with it.
-    _file: Flock<File>,
+    file: Flock<File>,
 }
 
 impl ControlLock {
@@ -94,8 +94,9 @@ impl ControlLock {
         lock_name.push(".lock");
         let lock = socket.with_file_name(lock_name);
         let file = lock_file(&lock, socket)?;
-        let own_directory = made || socket.parent() == Path::new(DEFAULT_CONTROL).parent();
-        Ok(Self { socket: socket.to_owned(), lock, own_directory, _file: file })
+        let usual = socket.parent() == Path::new(DEFAULT_CONTROL).parent();
+        let own_directory = made || usual || holds_nothing_but(&[socket, &lock]);
+        Ok(Self { socket: socket.to_owned(), lock, own_directory, file })
     }
 
     pub fn socket(&self) -> &Path {
@@ -108,7 +109,12 @@ impl ControlLock {
             let path = path.to_owned();
             move |source| BindError::Io { what: "hand over", path, source }
         };
-        privileges::give(&self.lock, account).map_err(failed(&self.lock))?;
+        if is_socket(&self.socket) {
+            // A killed daemon's, perhaps of another user.
+            fs::remove_file(&self.socket).map_err(failed(&self.socket))?;
+        }
+        std::os::unix::fs::fchown(&*self.file, Some(account.uid.as_raw()), Some(account.gid.as_raw()))
+            .map_err(failed(&self.lock))?;
         let parent = self.socket.parent().filter(|_| self.own_directory);
         parent.map_or(Ok(()), |parent| privileges::give(parent, account).map_err(failed(parent)))
     }
@@ -167,6 +173,10 @@ fn lock_file(path: &Path, socket: &Path) -> Result<Flock<File>, BindError> {
             Err((_, errno)) => return Err(failed("lock")(errno.into())),
         };
         let held = locked.metadata().map_err(failed("read"))?;
+        if !held.is_file() || held.nlink() > 1 {
+            // Somebody else's file, which is not to be written to.
+            return Err(failed("use as a lock")(io::ErrorKind::AlreadyExists.into()));
+        }
         match fs::symlink_metadata(path) {
             Ok(there) if (there.dev(), there.ino()) == (held.dev(), held.ino()) => {
                 locked
@@ -179,6 +189,15 @@ fn lock_file(path: &Path, socket: &Path) -> Result<Flock<File>, BindError> {
             _ => {}
         }
     }
+}
+
+/// Whether the directory of these files holds no others.
+fn holds_nothing_but(files: &[&Path]) -> bool {
+    let Some(parent) = files[0].parent().filter(|parent| !parent.as_os_str().is_empty()) else {
+        return false;
+    };
+    fs::read_dir(parent)
+        .is_ok_and(|entries| entries.flatten().all(|entry| files.contains(&entry.path().as_path())))
 }
 
 fn is_socket(path: &Path) -> bool {

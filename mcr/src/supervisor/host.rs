@@ -6,7 +6,10 @@ use std::{
     os::{
         fd::OwnedFd,
         linux::net::SocketAddrExt,
-        unix::net::{SocketAddr, UnixDatagram},
+        unix::{
+            fs::MetadataExt,
+            net::{SocketAddr, UnixDatagram},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -124,8 +127,7 @@ fn available_memory() -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// Claims this network namespace under a pin root, mounts a bpffs if there is none, and clears what a
-/// killed daemon left: its pins, and with them its programs.
+/// Claims this network namespace under a pin root, and mounts a bpffs if there is none.
 pub fn claim_namespace(pin_root: &Path, has_bpf: bool) -> anyhow::Result<Namespace> {
     let lock = lock_namespace(pin_root)?;
     if has_bpf {
@@ -134,7 +136,6 @@ pub fn claim_namespace(pin_root: &Path, has_bpf: bool) -> anyhow::Result<Namespa
     let cookie = multicast::netns_cookie(&lock)
         .context("the network namespace has no cookie: mcr needs Linux 5.14")?;
     let pins = pin_root.join(cookie.to_string());
-    clear_leftovers(&pins);
     Ok(Namespace { pins, _lock: lock })
 }
 
@@ -192,23 +193,40 @@ fn warn_of_private_mounts(pin_root: &Path) {
     }
 }
 
-/// Pins of this namespace that are there before any daemon runs are a dead one's.
-fn clear_leftovers(pins: &Path) {
-    let Ok(entries) = fs::read_dir(pins) else { return };
-    for entry in entries.flatten() {
-        warn!(pins = %entry.path().display(), "cleared what a killed daemon left");
-        crate::ebpf::clear_pins(&entry.path());
-    }
-    let _ = fs::remove_dir(pins);
-}
-
 impl Namespace {
-    /// Makes the place of the pins an account's.
+    /// Makes the place of the pins an account's, and what a dead daemon of another user left there: directories
+    /// of a bpffs, never what a link leads to, and never all of the bpffs.
     pub fn give_to(&self, account: &Account) -> anyhow::Result<()> {
         let root = self.root();
-        fs::create_dir_all(root)
-            .and_then(|()| privileges::give(root, account))
-            .with_context(|| format!("{} cannot be handed over", root.display()))
+        let failed = || format!("{} cannot be handed over", root.display());
+        if let Err(error) = fs::create_dir(root)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(error).with_context(failed);
+        }
+        let mut places = vec![self.pins.clone()];
+        places.extend(directories(&self.pins));
+        if !is_mount(root) {
+            places.push(root.to_owned());
+        }
+        let ours = is_directory(root);
+        for place in places.iter().filter(|place| ours && is_directory(place) && is_bpffs(place)) {
+            privileges::give(place, account).with_context(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Clears what a killed daemon left: its pins, and with them its programs. With the power of the daemon alone, and
+    /// no further than links.
+    pub fn clear_leftovers(&self) {
+        if !is_directory(self.root()) {
+            return;
+        }
+        for place in directories(&self.pins) {
+            warn!(pins = %place.display(), "cleared what a killed daemon left");
+            crate::ebpf::clear_pins(&place);
+        }
+        let _ = fs::remove_dir(&self.pins);
     }
 
     /// Refuses to go on where pins cannot be made.
@@ -218,7 +236,7 @@ impl Namespace {
         let able = made.and_then(|()| Ok(access(root, AccessFlags::W_OK | AccessFlags::X_OK)?));
         able.with_context(|| {
             format!(
-                "{} is closed to user {}: open the way to it (`chmod 0711 {BPF_FS}`) and make it theirs, or choose \
+                "{} is closed to user {}: open the way to it (`chmod 0711 {BPF_FS}`) and give it to them (chown), or choose \
                  another --pin-root",
                 root.display(),
                 geteuid()
@@ -229,6 +247,26 @@ impl Namespace {
     fn root(&self) -> &Path {
         self.pins.parent().unwrap_or(&self.pins)
     }
+}
+
+/// Whether there is a directory, and no link to one.
+fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
+}
+
+/// Whether a file system begins there.
+fn is_mount(path: &Path) -> bool {
+    let device = |path: &Path| fs::symlink_metadata(path).map(|metadata| metadata.dev()).ok();
+    path.parent().is_some_and(|parent| device(parent) != device(path))
+}
+
+/// The directories in a directory; none in what a link leads to.
+fn directories(path: &Path) -> Vec<PathBuf> {
+    if !is_directory(path) {
+        return Vec::new();
+    }
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| is_directory(path)).collect()
 }
 
 impl Drop for Namespace {

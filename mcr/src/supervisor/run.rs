@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::Context;
-use nix::unistd::geteuid;
+use nix::unistd::{AccessFlags, access, geteuid};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
@@ -122,16 +122,22 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     check_budget(&limits, named)?;
     let lock = ControlLock::acquire(&settings.control)?;
     let namespace = host::claim_namespace(&settings.pin_root, limits.no_bpf.is_none())?;
-    if let Some(account) = &account {
-        lock.give_to(account)?;
-        namespace.give_to(account)?;
+    if geteuid().is_root() {
+        // To root too: what a daemon of another user left is in its way once it has given up its power.
+        let owner = account.clone().unwrap_or_else(Account::root);
+        lock.give_to(&owner)?;
+        namespace.give_to(&owner)?;
     }
     if let Err(error) = privileges::step_down(account.as_ref()) {
         anyhow::bail!("the daemon cannot give up what it does not need: {error}");
     }
+    access("/proc/self/exe", AccessFlags::X_OK).with_context(|| {
+        format!("user {} may not execute mcr itself: make it so, for its workers", geteuid())
+    })?;
     if limits.no_bpf.is_none() {
         namespace.check_pins()?;
     }
+    namespace.clear_leftovers();
     let source_port =
         SourcePort::hold(settings.source_port).with_context(|| source_port_refused(settings.source_port))?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;

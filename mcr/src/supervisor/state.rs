@@ -362,17 +362,17 @@ impl State {
     }
 
     fn worker_exited(&mut self, id: WorkerId, why: String, lived: Duration) -> Vec<Effect> {
-        let failed = self.actual.workers.remove(&id).is_some_and(|running| running.failed);
+        let running = self.actual.workers.remove(&id).unwrap_or_default();
         if self.stopping {
             return Vec::new();
         }
         let mishaps = self.mishaps.entry(id.clone()).or_default();
         let pause = match mishaps.pause {
-            Some(last) if lived < SETTLED => (2 * last).min(LONGEST_PAUSE),
+            Some(last) if lived < SETTLED || !running.steered => (2 * last).min(LONGEST_PAUSE),
             _ => FIRST_PAUSE,
         };
         // Why a worker was ended says more than how.
-        let known = mishaps.last_exit.take().filter(|_| failed);
+        let known = mishaps.last_exit.take().filter(|_| running.failed);
         *mishaps = Mishaps {
             restarts: mishaps.restarts + 1,
             last_exit: known.or(Some(why)),

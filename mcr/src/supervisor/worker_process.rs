@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// How long a worker may take to start or to answer before it counts as hung.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+const ANSWER_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long a worker may take to relay what it holds and end.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(2);

@@ -37,6 +37,10 @@ pub enum AccountError {
 }
 
 impl Account {
+    pub fn root() -> Self {
+        Self { uid: Uid::from_raw(0), gid: Gid::from_raw(0), groups: Vec::new() }
+    }
+
     /// Looks up a user, who is to be in this group too.
     pub fn of(user: &str, group: Option<Gid>) -> Result<Self, AccountError> {
         const WHAT: &str = "user";

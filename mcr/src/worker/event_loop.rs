@@ -76,7 +76,16 @@ impl<I: Ingress> EventLoop<I> {
         loop {
             let mut busy = false;
             for index in 0..self.active() {
-                busy |= self.relay_queue(index)?;
+                let found = self.relay_queue(index)?;
+                if found {
+                    // A batch to many outputs takes its time: signs of life and commands do not wait for all queues.
+                    self.count_enters();
+                    self.complete()?;
+                    if self.command_waits && !self.obey(supervisor)? {
+                        return Ok(());
+                    }
+                }
+                busy |= found;
             }
             if self.command_waits && !self.obey(supervisor)? {
                 return Ok(());

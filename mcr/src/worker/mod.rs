@@ -103,6 +103,8 @@ impl Supervisor {
 pub fn run() -> anyhow::Result<()> {
     // The name that `ps` and `top` show; without it the name of the link that was executed.
     let _ = nix::sys::prctl::set_name(c"mcr-worker");
+    // Stopped or hung it would not see that its supervisor is gone, and hold on to its queues.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     let socket = std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?;
     let log_filter = start_log();
     ignore_signals()?;

@@ -32,7 +32,7 @@ use crate::{
 pub const XDP_HEADROOM: u32 = 256;
 
 /// How long to wait for a dead predecessor's socket and memory to be gone.
-const BIND_DEADLINE: Duration = Duration::from_secs(2);
+const BIND_DEADLINE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Error)]
 pub enum AfXdpError {
