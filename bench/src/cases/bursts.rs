@@ -10,11 +10,11 @@ use hdrhistogram::Histogram;
 use crate::{
     bench::Bench,
     buckets::{self, Buckets, at},
-    cases::paced::{per_second, stream, trial},
+    cases::paced::{ONE_BY_ONE, per_second, stream, trial},
     figures::{Figures, Subject, Unit, metric},
     programs,
     site::{SINK, Site},
-    systems::{System, Work},
+    systems::Work,
 };
 
 /// As in `bpf/bench.bpf.c`.
@@ -33,11 +33,9 @@ unsafe impl aya::Pod for Spacing {}
 
 /// What came in is what arrives without a relay.
 pub fn bursts(bench: &Bench, figures: &mut Figures) -> Result<()> {
-    const SYSTEMS: [System; 5] =
-        [System::NoRelay, System::AfXdp, System::AfPacket, System::Socat, System::KernelRouting];
     for round in 1..=bench.rounds() {
         for rate in [10_000, 150_000] {
-            for system in SYSTEMS {
+            for system in ONE_BY_ONE {
                 let variant = per_second(rate);
                 let subject = Subject { case: "bursts", variant: &variant, system: system.name() };
                 bench.doing(&format!("bursts {variant}, round {round}: {}", system.name()));

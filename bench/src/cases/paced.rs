@@ -24,13 +24,15 @@ use crate::{
     traffic::Stream,
 };
 
+/// What datagrams that are sent one by one go through, and what they are like without.
+pub const ONE_BY_ONE: [System; 5] =
+    [System::NoRelay, System::AfXdp, System::AfPacket, System::Socat, System::KernelRouting];
+
 /// From sender to a UDP socket's arrival; source and receiver share a CPU.
 pub fn latency(bench: &Bench, figures: &mut Figures) -> Result<()> {
-    const SYSTEMS: [System; 5] =
-        [System::NoRelay, System::AfXdp, System::AfPacket, System::Socat, System::KernelRouting];
     for round in 1..=bench.rounds() {
         for rate in [10_000, 150_000] {
-            for system in SYSTEMS {
+            for system in ONE_BY_ONE {
                 let variant = per_second(rate);
                 let subject = Subject { case: "latency", variant: &variant, system: system.name() };
                 bench.doing(&format!("latency {variant}, round {round}: {}", system.name()));

@@ -92,7 +92,6 @@ impl<I: Ingress> EventLoop<I> {
             }
             if busy {
                 self.idling.found();
-                self.complete()?;
             } else if self.draining {
                 self.read_statistics()?;
                 return Ok(());
