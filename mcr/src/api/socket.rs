@@ -191,13 +191,15 @@ fn lock_file(path: &Path, socket: &Path) -> Result<Flock<File>, BindError> {
     }
 }
 
-/// Whether the directory of these files holds no others.
+/// Whether the directory of these files holds no others, and is not for all to write to, as `/tmp` is.
 fn holds_nothing_but(files: &[&Path]) -> bool {
     let Some(parent) = files[0].parent().filter(|parent| !parent.as_os_str().is_empty()) else {
         return false;
     };
-    fs::read_dir(parent)
-        .is_ok_and(|entries| entries.flatten().all(|entry| files.contains(&entry.path().as_path())))
+    let for_all = fs::metadata(parent).is_ok_and(|metadata| metadata.mode() & 0o002 != 0);
+    !for_all
+        && fs::read_dir(parent)
+            .is_ok_and(|entries| entries.flatten().all(|entry| files.contains(&entry.path().as_path())))
 }
 
 fn is_socket(path: &Path) -> bool {
@@ -289,6 +291,18 @@ mod tests {
         assert!(matches!(bind(&lock, None), Err(BindError::NotASocket { .. })));
         drop(lock);
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[test]
+    fn an_empty_directory_is_its_own_unless_all_may_write_there() {
+        for (mode, own) in [(0o755, true), (0o1777, false)] {
+            let dir = Scratch::new();
+            fs::set_permissions(dir.path(), Permissions::from_mode(mode)).unwrap();
+            assert_eq!(ControlLock::acquire(&dir.path().join("mcr.sock")).unwrap().own_directory, own);
+        }
+        let dir = Scratch::new();
+        fs::write(dir.path().join("other"), "").unwrap();
+        assert!(!ControlLock::acquire(&dir.path().join("mcr.sock")).unwrap().own_directory);
     }
 
     #[test]
