@@ -11,6 +11,7 @@ use std::{
     fmt::{self, Write},
     net::Ipv4Addr,
     str::FromStr,
+    sync::Arc,
 };
 
 use thiserror::Error;
@@ -249,17 +250,31 @@ impl fmt::Display for DatapathChoice {
     }
 }
 
+/// A place in a configuration file, which is what it displays: `FILE:LINE`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    pub file: Arc<str>,
+    /// From 1.
+    pub line: u32,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
 /// Who wrote a rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Origin {
-    File,
+    File(Place),
     Cli,
 }
 
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Origin::File => "file",
+            Origin::File(_) => "file",
             Origin::Cli => "cli",
         })
     }

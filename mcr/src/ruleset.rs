@@ -1,9 +1,16 @@
 //! The set of rules: what may stand beside what, and what it compiles to. Pure.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+mod reload;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use mcr_common::flow::{FlowKey4, FlowValue, action};
 use thiserror::Error;
+
+pub use reload::{Conflict, Plan, Reload};
 
 use crate::rule::{
     DatapathChoice, Input, InterfaceName, MAX_OUTPUTS, Origin, Output, OutputSlot, Rule, RuleName, RuleSlot,
@@ -67,6 +74,18 @@ pub enum Refusal {
     Full { what: &'static str, limit: u32 },
 }
 
+impl Refusal {
+    /// The rule that stands in the way, if one does.
+    pub fn other(&self) -> Option<&RuleName> {
+        match self {
+            Self::InputTaken { name, .. } | Self::NameTaken { name, .. } | Self::OutputTaken { name, .. } => {
+                Some(name)
+            }
+            _ => None,
+        }
+    }
+}
+
 /// What adding or changing did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -87,41 +106,44 @@ pub struct Amendment {
 }
 
 /// Numbers up to a limit; the lowest free one is next.
+///
+/// What is given back rests until nothing in the kernel or in a worker bears it any more.
 #[derive(Clone, Debug)]
 struct Slots {
-    taken: Vec<bool>,
+    limit: u32,
+    /// From here on none was ever taken.
+    unused: u32,
+    free: BTreeSet<u32>,
+    resting: BTreeSet<u32>,
 }
 
 impl Slots {
     fn new(limit: u32) -> Self {
-        Self { taken: vec![false; limit as usize] }
+        Self { limit, unused: 0, free: BTreeSet::new(), resting: BTreeSet::new() }
     }
 
-    /// This many, or none if there are too few.
+    /// This many, or none if there are too few. Those that rest come last.
     fn take(&mut self, count: usize) -> Option<Vec<u32>> {
-        let free: Vec<_> = self
-            .taken
-            .iter()
-            .enumerate()
-            .filter(|(_, taken)| !**taken)
-            .map(|(slot, _)| slot)
-            .take(count)
-            .collect();
-        if free.len() < count {
+        let all =
+            self.free.iter().copied().chain(self.unused..self.limit).chain(self.resting.iter().copied());
+        let taken: Vec<_> = all.take(count).collect();
+        if taken.len() < count {
             return None;
         }
-        for &slot in &free {
-            self.taken[slot] = true;
+        for slot in &taken {
+            self.free.remove(slot);
+            self.resting.remove(slot);
+            self.unused = self.unused.max(slot + 1);
         }
-        Some(free.into_iter().map(|slot| slot as u32).collect())
-    }
-
-    fn limit(&self) -> u32 {
-        self.taken.len() as u32
+        Some(taken)
     }
 
     fn give_back(&mut self, slot: u32) {
-        self.taken[slot as usize] = false;
+        self.resting.insert(slot);
+    }
+
+    fn release(&mut self) {
+        self.free.append(&mut self.resting);
     }
 }
 
@@ -148,6 +170,27 @@ impl RuleSet {
     pub fn get(&self, name: &str) -> Result<&Entry, Refusal> {
         let unknown = || Refusal::UnknownRule { name: name.to_owned() };
         self.entries.get(&name.parse::<RuleName>().map_err(|_| unknown())?).ok_or_else(unknown)
+    }
+
+    /// Where a rule comes from, in words.
+    pub fn whence(&self, name: &RuleName) -> String {
+        match self.entries.get(name).map(|entry| &entry.origin) {
+            Some(Origin::File(place)) => format!("rule '{name}' stands at {place}"),
+            _ => format!("rule '{name}' was added by command"),
+        }
+    }
+
+    /// The slots of what was removed may be taken again: nothing bears them any more.
+    pub fn release_slots(&mut self) {
+        self.rule_slots.release();
+        self.output_slots.release();
+    }
+
+    /// Says where a rule comes from now.
+    pub fn set_origin(&mut self, name: &RuleName, origin: Origin) {
+        if let Some(entry) = self.entries.get_mut(name) {
+            entry.origin = origin;
+        }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
@@ -201,9 +244,10 @@ impl RuleSet {
         if rule == entry.rule {
             return Ok(Change::None);
         }
+        let old = entry.clone();
         check_alone(&rule)?;
         self.check_outputs(&rule)?;
-        self.replace(rule)?;
+        self.replace(rule, old)?;
         Ok(Change::Made)
     }
 
@@ -211,15 +255,19 @@ impl RuleSet {
     pub fn remove(&mut self, name: &str) -> Result<Entry, Refusal> {
         let name = self.get(name)?.rule.name.clone();
         let entry = self.entries.remove(&name).ok_or(Refusal::UnknownRule { name: name.to_string() })?;
+        self.give_back(&entry);
+        Ok(entry)
+    }
+
+    fn give_back(&mut self, entry: &Entry) {
         self.rule_slots.give_back(entry.slot.0);
         for slot in &entry.output_slots {
             self.output_slots.give_back(slot.0);
         }
-        Ok(entry)
     }
 
     fn give_slots(&mut self, rule: Rule, origin: Origin) -> Result<Entry, Refusal> {
-        let full = Refusal::Full { what: "rules", limit: self.rule_slots.limit() };
+        let full = Refusal::Full { what: "rules", limit: self.rule_slots.limit };
         let slot = RuleSlot(self.rule_slots.take(1).ok_or(full)?[0]);
         match self.take_output_slots(rule.outputs.len()) {
             Ok(output_slots) => Ok(Entry { rule, origin, slot, output_slots }),
@@ -231,13 +279,12 @@ impl RuleSet {
     }
 
     fn take_output_slots(&mut self, count: usize) -> Result<Vec<OutputSlot>, Refusal> {
-        let full = Refusal::Full { what: "outputs", limit: self.output_slots.limit() };
+        let full = Refusal::Full { what: "outputs", limit: self.output_slots.limit };
         Ok(self.output_slots.take(count).ok_or(full)?.into_iter().map(OutputSlot).collect())
     }
 
-    /// Puts a changed rule in the place of the one with its name.
-    fn replace(&mut self, rule: Rule) -> Result<(), Refusal> {
-        let old = self.get(rule.name.as_str())?.clone();
+    /// Puts a changed rule in the place of the one with its name, which had the same input.
+    fn replace(&mut self, rule: Rule, old: Entry) -> Result<(), Refusal> {
         let known = |output: &Output| {
             old.outputs().find(|(known, _)| known.identity() == output.identity()).map(|(_, slot)| slot)
         };

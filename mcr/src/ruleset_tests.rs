@@ -1,5 +1,5 @@
 use super::*;
-use crate::rule::Datapath;
+use crate::rule::{Datapath, Place};
 
 fn interface(name: &str) -> InterfaceName {
     name.parse().unwrap()
@@ -18,6 +18,10 @@ fn rule(name: &str, input: &str, outputs: &[&str]) -> Rule {
         merge: false,
         link_local: false,
     }
+}
+
+fn file_at(line: u32) -> Origin {
+    Origin::File(Place { file: "/etc/mcr/mcr.toml".into(), line })
 }
 
 fn merging(rule: Rule) -> Rule {
@@ -140,7 +144,7 @@ fn a_name_that_is_taken_is_refused_with_the_difference() {
             rule("cam", "239.1.1.1:5000@eth0", &["239.2.2.2:6000@eth1", "239.3.3.3:7000@eth2,ttl=8"]);
         let mut set = set_of(&[standing]);
         let before = shown(&set);
-        let change = set.add(new, Origin::File);
+        let change = set.add(new, file_at(1));
         let expected = expected.map(|difference| {
             format!(
                 "rule 'cam' exists and differs in {difference}: \
@@ -379,6 +383,10 @@ fn slots_that_were_given_back_are_used_again_lowest_first() {
     assert_eq!(set.remove("r2").unwrap().slot, RuleSlot(2));
     set.remove("r0").unwrap();
     assert_eq!(slots(&set), [(1, vec![1]), (3, vec![3])]);
+    set.add(simple(9), Origin::Cli).unwrap();
+    assert_eq!(set.get("r9").unwrap().slot, RuleSlot(4), "what something may still bear rests");
+    set.remove("r9").unwrap();
+    set.release_slots();
     set.add(
         rule("s", "239.9.9.9:1@eth0", &["239.8.8.8:1@eth1", "239.8.8.8:2@eth1", "239.8.8.8:3@eth1"]),
         Origin::Cli,
@@ -386,6 +394,7 @@ fn slots_that_were_given_back_are_used_again_lowest_first() {
     .unwrap();
     assert_eq!(slots(&set), [(1, vec![1]), (3, vec![3]), (0, vec![0, 2, 4])]);
     set.amend("s", delete_outputs(&["239.8.8.8:2@eth1"])).unwrap();
+    set.release_slots();
     set.add(simple(7), Origin::Cli).unwrap();
     assert_eq!(set.get("r7").unwrap().slot, RuleSlot(2));
     assert_eq!(set.get("r7").unwrap().output_slots, [OutputSlot(2)]);
@@ -394,6 +403,7 @@ fn slots_that_were_given_back_are_used_again_lowest_first() {
         set.remove(name).unwrap();
     }
     assert!(set.iter().next().is_none());
+    set.release_slots();
     set.add(simple(5), Origin::Cli).unwrap();
     assert_eq!(slots(&set), [(0, vec![0])]);
 }

@@ -81,6 +81,11 @@ fn typed(method: &str, params: Map<String, Value>) -> Result<Request, Error> {
         "rule.show" => some(method, params).map(Request::RuleShow),
         "stats" => some(method, params).map(Request::Stats),
         "workers" => none(method, &params, Request::Workers),
+        "config.show" => none(method, &params, Request::ConfigShow),
+        "config.load" => some(method, params).map(Request::ConfigLoad),
+        "config.confirm" => none(method, &params, Request::ConfigConfirm),
+        "config.rollback" => none(method, &params, Request::ConfigRollback),
+        "config.save" => none(method, &params, Request::ConfigSave),
         "log_level.get" => none(method, &params, Request::LogLevelGet),
         "log_level.set" => some(method, params).map(Request::LogLevelSet),
         _ => Err(Error { code: code::METHOD_NOT_FOUND, message: format!("there is no method '{method}'") }),
@@ -152,7 +157,10 @@ pub struct Response<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::wire::{LogLevel, RuleChange, RuleRef, RuleSpec, StatsQuery};
+    use crate::{
+        api::wire::{ConfigLoad, LogLevel, RuleChange, RuleRef, RuleRemoval, RuleSpec, StatsQuery},
+        config::Source,
+    };
 
     fn refusal(line: &str) -> (Value, i32, String) {
         match parse(line.as_bytes()) {
@@ -170,12 +178,21 @@ mod tests {
             Request::Stop,
             Request::RuleAdd(RuleSpec { input: name(), datapath: "auto".to_owned(), ..Default::default() }),
             Request::RuleSet(RuleChange { name: name(), ..Default::default() }),
-            Request::RuleRemove(RuleRef { name: name() }),
+            Request::RuleRemove(RuleRemoval { name: name(), save: false }),
             Request::RuleList,
             Request::RuleShow(RuleRef { name: name() }),
             Request::Stats(StatsQuery { rule: Some(name()) }),
             Request::Stats(StatsQuery::default()),
             Request::Workers,
+            Request::ConfigShow,
+            Request::ConfigLoad(ConfigLoad {
+                sources: vec![Source { file: name(), text: name() }],
+                dry_run: true,
+                confirm_within_s: Some(9),
+            }),
+            Request::ConfigConfirm,
+            Request::ConfigRollback,
+            Request::ConfigSave,
             Request::LogLevelGet,
             Request::LogLevelSet(LogLevel { level: "debug".to_owned() }),
         ];

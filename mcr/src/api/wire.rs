@@ -7,6 +7,8 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Source;
+
 /// Version of the shapes below.
 pub const SCHEMA: u32 = 1;
 
@@ -16,7 +18,7 @@ pub fn timestamp(time: SystemTime) -> String {
 }
 
 /// Longest request line, in bytes, newline included.
-pub const MAX_REQUEST_BYTES: usize = 256 * 1024;
+pub const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
 
 /// A call of the control protocol: `method` and `params` of the JSON-RPC request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,7 +35,7 @@ pub enum Request {
     #[serde(rename = "rule.set")]
     RuleSet(RuleChange),
     #[serde(rename = "rule.remove")]
-    RuleRemove(RuleRef),
+    RuleRemove(RuleRemoval),
     #[serde(rename = "rule.list")]
     RuleList,
     #[serde(rename = "rule.show")]
@@ -43,6 +45,21 @@ pub enum Request {
     Stats(StatsQuery),
     #[serde(rename = "workers")]
     Workers,
+    /// What runs, as a configuration file.
+    #[serde(rename = "config.show")]
+    ConfigShow,
+    /// Puts the rules of these files in the place of those that came from files.
+    #[serde(rename = "config.load")]
+    ConfigLoad(ConfigLoad),
+    /// A load that waits to be confirmed stays.
+    #[serde(rename = "config.confirm")]
+    ConfigConfirm,
+    /// A load that waits to be confirmed is taken back at once.
+    #[serde(rename = "config.rollback")]
+    ConfigRollback,
+    /// Makes the rules that were added by command permanent.
+    #[serde(rename = "config.save")]
+    ConfigSave,
     #[serde(rename = "log_level.get")]
     LogLevelGet,
     #[serde(rename = "log_level.set")]
@@ -68,6 +85,9 @@ pub struct RuleSpec {
     /// Groups in 224.0.0.0/24 are meant.
     #[serde(default)]
     pub link_local: bool,
+    /// Make it permanent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub save: bool,
 }
 
 fn auto() -> String {
@@ -90,12 +110,38 @@ pub struct RuleChange {
     pub merge: bool,
     #[serde(default)]
     pub link_local: bool,
+    /// Make it permanent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub save: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuleRef {
     pub name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleRemoval {
+    pub name: String,
+    /// Remove it from what was saved, too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub save: bool,
+}
+
+/// A configuration to load, read where the caller is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigLoad {
+    /// The file, and the fragments beside it.
+    pub sources: Vec<Source>,
+    /// Only tell what would change.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Take it back after so many seconds unless `config.confirm` comes before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirm_within_s: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,6 +203,9 @@ pub struct RuleInfo {
     pub name: String,
     /// `cli` or `file`.
     pub origin: String,
+    /// Of a rule from a file: `FILE:LINE`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub place: Option<String>,
     #[serde(rename = "in")]
     pub input: String,
     #[serde(rename = "out")]
@@ -336,6 +385,71 @@ pub struct Problem {
     pub what: String,
     /// A command that shows or mends it.
     pub next: String,
+}
+
+/// Answer to `config.show`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigText {
+    pub schema: u32,
+    /// TOML that gives back what runs.
+    pub toml: String,
+}
+
+/// Answer to `config.load`, `config.confirm` and `config.rollback`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigOutcome {
+    pub schema: u32,
+    pub outcome: LoadOutcome,
+    pub added: Vec<RuleSpec>,
+    pub removed: Vec<RuleSpec>,
+    pub changed: Vec<RuleDifference>,
+    /// Rules that were added by command, and are now in a file too.
+    pub adopted: Vec<String>,
+    pub unchanged: u32,
+    pub settings: Vec<SettingDifference>,
+    /// Seconds that are left to confirm it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub confirm_within_s: Option<u32>,
+    /// What the operator should know though it was done, a line each.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LoadOutcome {
+    /// Nothing was done: a dry run.
+    Planned,
+    Applied,
+    /// It was so already.
+    Unchanged,
+    Confirmed,
+    RolledBack,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleDifference {
+    pub name: String,
+    pub difference: String,
+}
+
+/// A key of `[daemon]` whose value in the file is another than the one that holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingDifference {
+    pub key: String,
+    /// As TOML; absent if it is left to the daemon.
+    pub running: Option<String>,
+    pub file: Option<String>,
+    /// It takes effect when the daemon is started again, not now.
+    pub needs_restart: bool,
+}
+
+/// Answer to `config.save`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigSaved {
+    pub schema: u32,
+    pub file: String,
+    /// Rules that were saved now.
+    pub saved: Vec<String>,
 }
 
 /// Answer to `log_level.get` and `log_level.set`.

@@ -1,5 +1,6 @@
 //! The command line: typed arguments, one file per noun, output as table or JSON.
 
+mod config;
 mod generate;
 mod log_level;
 mod ping;
@@ -39,6 +40,7 @@ enum Command {
     Status(status::Args),
     Stats(stats::Args),
     Workers(workers::Args),
+    Config(config::Args),
     Ping(ping::Args),
     LogLevel(log_level::Args),
     Stop(stop::Args),
@@ -59,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => args.run().map(done),
         Command::Stats(args) => args.run().map(done),
         Command::Workers(args) => args.run().map(done),
+        Command::Config(args) => args.run().map(done),
         Command::Ping(args) => args.run().map(done),
         Command::LogLevel(args) => args.run().map(done),
         Command::Stop(args) => args.run().map(done),

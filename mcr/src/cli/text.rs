@@ -1,6 +1,6 @@
 //! Text for people: tables, numbers, rates. Pure but for the width of the terminal.
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::collections::BTreeMap;
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
@@ -103,22 +103,6 @@ pub fn health(health: Health, reason: Option<&str>) -> String {
     }
 }
 
-/// `0-3,6` of an ascending list.
-pub fn ranges(numbers: &[u32]) -> String {
-    let mut text = String::new();
-    let mut rest = numbers;
-    while let [first, ..] = *rest {
-        let run = (1..rest.len()).take_while(|&at| rest[at - 1].checked_add(1) == Some(rest[at])).count();
-        let comma = if text.is_empty() { "" } else { "," };
-        let _ = write!(text, "{comma}{first}");
-        if run > 0 {
-            let _ = write!(text, "-{}", rest[run]);
-        }
-        rest = &rest[run + 1..];
-    }
-    text
-}
-
 /// The same text without line breaks and other control characters, which a path may contain.
 pub fn one_line(text: &str) -> String {
     text.trim_end().chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
@@ -176,19 +160,6 @@ mod tests {
         assert_eq!(reasons(&dropped), "1,500 queue_full\n2 loop");
         assert_eq!(reasons(&BTreeMap::new()), "0");
         assert_eq!(total(&dropped), 1502);
-    }
-
-    #[test]
-    fn lists_are_ranges() {
-        for (numbers, text) in [
-            (&[][..], ""),
-            (&[4], "4"),
-            (&[0, 1, 2, 3, 6], "0-3,6"),
-            (&[0, 2, 3], "0,2-3"),
-            (&[u32::MAX - 1, u32::MAX], "4294967294-4294967295"),
-        ] {
-            assert_eq!(ranges(numbers), text);
-        }
     }
 
     #[test]

@@ -4,9 +4,12 @@ use std::collections::BTreeSet;
 
 use super::{
     remote::Remote,
-    text::{count, ranges, rate, table},
+    text::{count, rate, table},
 };
-use crate::api::wire::{Request, WorkerInfo, WorkerList};
+use crate::{
+    api::wire::{Request, WorkerInfo, WorkerList},
+    sys::cpu_list::ranges,
+};
 
 /// List the worker processes
 #[derive(Debug, clap::Args)]

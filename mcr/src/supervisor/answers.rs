@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -12,7 +13,7 @@ use crate::{
     },
     datapath,
     ebpf::Steering,
-    rule::{Datapath, DatapathChoice, InterfaceName, Output, OutputSlot},
+    rule::{Datapath, DatapathChoice, InterfaceName, Origin, Output, OutputSlot},
     ruleset::Entry,
     supervisor::{event::WorkerId, run::Daemon, state::Problem},
     worker::ledger::DropReason,
@@ -55,6 +56,10 @@ impl Daemon {
         RuleInfo {
             name: rule.name.to_string(),
             origin: entry.origin.to_string(),
+            place: match &entry.origin {
+                Origin::File(place) => Some(place.to_string()),
+                Origin::Cli => None,
+            },
             input: rule.input.to_string(),
             outputs,
             datapath: served.then(|| datapath.to_string()),
@@ -214,7 +219,8 @@ impl Daemon {
             failed: count(Health::Failed),
         };
         let workers = self.worker_list().workers;
-        let problems = problems(&rules, &workers);
+        let mut problems = self.configuration_problems();
+        problems.extend(self::problems(&rules, &workers));
         let slots = || self.state.rules().iter().flat_map(|entry| entry.output_slots.iter());
         Status {
             schema: SCHEMA,
@@ -233,6 +239,18 @@ impl Daemon {
             dropped: self.all_drops(),
             problems,
         }
+    }
+
+    /// What is wrong with what is to outlive the daemon, or waits for the operator.
+    fn configuration_problems(&self) -> Vec<wire::Problem> {
+        let problem = |what: String, next: &str| wire::Problem { what, next: next.to_owned() };
+        let waiting = self.check_confirmed().err().map(|why| problem(why.to_string(), "mcr config confirm"));
+        let refused = self.configuration.refused.as_ref().map(|why| {
+            let file = self.configuration.launch.file.as_deref().unwrap_or(Path::new("FILE")).display();
+            problem(format!("the last reload was refused: {why}"), &format!("mcr config check {file}"))
+        });
+        let forgetful = self.journal_failure.as_ref().map(|why| problem(why.clone(), "mcr config save FILE"));
+        waiting.into_iter().chain(refused).chain(forgetful).collect()
     }
 
     fn all_drops(&self) -> BTreeMap<String, u64> {

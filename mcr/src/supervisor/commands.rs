@@ -8,8 +8,8 @@ use crate::{
     api::{
         server::Call,
         wire::{
-            self, Error, LogLevel, LogLevelInfo, Outcome, Pong, Request, RuleChange, RuleOutcome, RuleSpec,
-            SCHEMA, Stopping,
+            self, Error, LogLevel, LogLevelInfo, Outcome, Pong, Request, RuleChange, RuleOutcome,
+            RuleRemoval, RuleSpec, SCHEMA, Stopping,
         },
     },
     datapath,
@@ -18,7 +18,7 @@ use crate::{
     supervisor::{run::Daemon, settings, state::Problem},
 };
 
-type Answer = Result<Value, Error>;
+pub type Answer = Result<Value, Error>;
 
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
@@ -29,11 +29,11 @@ impl From<Refusal> for Error {
     }
 }
 
-fn refused(error: impl std::fmt::Display) -> Error {
+pub fn refused(error: impl std::fmt::Display) -> Error {
     Error::refused(error.to_string())
 }
 
-fn json(answer: &impl Serialize) -> Answer {
+pub fn json(answer: &impl Serialize) -> Answer {
     serde_json::to_value(answer).map_err(|error| Error {
         code: wire::code::INTERNAL,
         message: format!("the answer cannot be written: {error}"),
@@ -49,10 +49,17 @@ impl Daemon {
                 | Request::RuleSet(_)
                 | Request::RuleRemove(_)
                 | Request::LogLevelSet(_)
+                | Request::ConfigConfirm
+                | Request::ConfigRollback
+                | Request::ConfigSave
                 | Request::Stop
         );
         if changes {
             info!(uid = call.peer.uid, pid = call.peer.pid, request = ?call.request, "asked");
+        }
+        if let Request::ConfigLoad(load) = &call.request {
+            let files: Vec<_> = load.sources.iter().map(|source| &source.file).collect();
+            info!(uid = call.peer.uid, pid = call.peer.pid, ?files, load.dry_run, "asked to load");
         }
         let stops = matches!(call.request, Request::Stop);
         let answer = self.perform(call.request).await;
@@ -77,20 +84,29 @@ impl Daemon {
             Request::Stop => json(&Stopping { schema: SCHEMA, pid: std::process::id() }),
             Request::RuleAdd(spec) => self.add_rule(&spec).await,
             Request::RuleSet(change) => self.set_rule(&change).await,
-            Request::RuleRemove(rule) => self.remove_rule(&rule.name).await,
+            Request::RuleRemove(removal) => self.remove_rule(&removal).await,
             Request::RuleList => json(&self.rule_list()),
             Request::RuleShow(rule) => json(&self.rule_show(&rule.name)?),
             Request::Stats(query) => json(&self.stats(query.rule.as_deref())?),
             Request::Workers => json(&self.worker_list()),
+            Request::ConfigShow => self.show_config(),
+            Request::ConfigLoad(load) => self.load_config(load).await,
+            Request::ConfigConfirm => self.confirm(),
+            Request::ConfigRollback => self.roll_back().await,
+            Request::ConfigSave => self.save_all(),
             Request::LogLevelGet => json(&self.log_level()),
             Request::LogLevelSet(level) => self.set_log_level(&level).await,
         }
     }
 
     async fn add_rule(&mut self, spec: &RuleSpec) -> Answer {
+        self.check_confirmed()?;
         let rule = self.read_rule(spec)?;
         let name = rule.name.clone();
-        let change = self.state.add(rule, Origin::Cli)?;
+        if spec.save {
+            self.check_saving(Some(name.as_str()))?;
+        }
+        let change = self.state.add(rule, Origin::Cli).map_err(|refusal| self.refusal(&refusal))?;
         let outcome = if change == Change::Made { Outcome::Added } else { Outcome::Unchanged };
         if change == Change::Made {
             let entry = self.state.rules().get(name.as_str())?.clone();
@@ -103,11 +119,35 @@ impl Daemon {
             self.settle().await;
             return Err(Error::refused(why));
         }
-        self.outcome(outcome, &entry, self.warnings(&entry))
+        let mut warnings = self.keep_change(&name, spec.save);
+        warnings.extend(self.warnings(&entry));
+        let entry = self.state.rules().get(name.as_str())?.clone();
+        self.outcome(outcome, &entry, warnings)
+    }
+
+    /// A refusal, with the place of a file's rule that stands in the way.
+    pub fn refusal(&self, refusal: &Refusal) -> Error {
+        let rules = self.state.rules();
+        let other = refusal.other().and_then(|name| rules.get(name.as_str()).ok());
+        match (other, refusal) {
+            (Some(Entry { rule, origin: Origin::File(_), .. }), _) => {
+                Error::refused(format!("{refusal} ({})", rules.whence(&rule.name)))
+            }
+            (_, Refusal::UnknownRule { name }) => Error::unknown_rule(name),
+            _ => Error::refused(refusal.to_string()),
+        }
+    }
+
+    /// Makes a change outlive the daemon: the journal keeps it, or the file where it is to be permanent. Answers what
+    /// came in between.
+    fn keep_change(&mut self, name: &RuleName, save: bool) -> Vec<String> {
+        let saved = if save { self.save(std::slice::from_ref(name)).err() } else { None };
+        let unsaved = saved.map(|why| format!("rule '{name}' is not saved: {why}"));
+        unsaved.into_iter().chain(self.remember()).collect()
     }
 
     /// The rule that a specification means; one without a name has that of its twin, or a derived one.
-    fn read_rule(&self, spec: &RuleSpec) -> Result<Rule, Error> {
+    pub fn read_rule(&self, spec: &RuleSpec) -> Result<Rule, Error> {
         let input: Input = spec.input.parse().map_err(refused)?;
         let outputs = parse_outputs(&spec.outputs)?;
         let name = match (&spec.name, self.state.rules().by_input(&input)) {
@@ -137,9 +177,17 @@ impl Daemon {
             merge: change.merge,
             link_local: change.link_local,
         };
+        self.check_confirmed()?;
         let before = self.state.rules().get(&change.name)?.rule.clone();
+        if change.save {
+            self.check_saving(Some(&change.name))?;
+        }
         // What is refused is refused before anything has changed.
-        self.state.rules().clone().amend(&change.name, amendment.clone())?;
+        self.state
+            .rules()
+            .clone()
+            .amend(&change.name, amendment.clone())
+            .map_err(|refusal| self.refusal(&refusal))?;
         if let Some(datapath) = amendment.datapath {
             self.change_datapath(&change.name, datapath).await?;
         }
@@ -151,7 +199,13 @@ impl Daemon {
         self.books.open(&entry, false, &new, &self.programs);
         self.settle().await;
         let outcome = if entry.rule == before { Outcome::Unchanged } else { Outcome::Changed };
-        self.outcome(outcome, &entry, self.warnings(&entry))
+        let mut warnings = self.keep_change(&entry.rule.name, change.save);
+        if !change.save {
+            warnings.extend(Self::reload_warning(&entry, "it is as written there again"));
+        }
+        warnings.extend(self.warnings(&entry));
+        let entry = self.state.rules().get(&change.name)?.clone();
+        self.outcome(outcome, &entry, warnings)
     }
 
     /// Moves a rule to another datapath, or leaves it where it is if it cannot be served there.
@@ -170,10 +224,18 @@ impl Daemon {
     }
 
     /// Answered when not one more datagram of the rule leaves.
-    async fn remove_rule(&mut self, name: &str) -> Answer {
-        let entry = self.state.remove(name)?;
+    async fn remove_rule(&mut self, removal: &RuleRemoval) -> Answer {
+        self.check_confirmed()?;
+        if removal.save {
+            self.check_saving(Some(&removal.name))?;
+        }
+        let entry = self.state.remove(&removal.name)?;
         self.settle().await;
-        self.outcome(Outcome::Removed, &entry, Vec::new())
+        let mut warnings = self.keep_change(&entry.rule.name, removal.save);
+        if !removal.save {
+            warnings.extend(Self::reload_warning(&entry, "it comes back"));
+        }
+        self.outcome(Outcome::Removed, &entry, warnings)
     }
 
     fn outcome(&self, outcome: Outcome, entry: &Entry, warnings: Vec<String>) -> Answer {

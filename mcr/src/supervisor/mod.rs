@@ -4,15 +4,28 @@
 mod answers;
 mod books;
 mod commands;
+mod configuration;
 pub mod event;
 mod host;
+mod journal;
 mod log;
 mod run;
 pub mod settings;
 pub mod state;
 mod worker_process;
 
+use std::path::PathBuf;
+
+use crate::config::{Config, options::Options};
 use settings::Settings;
+
+/// How a daemon was called.
+#[derive(Clone, Debug, Default)]
+pub struct Launch {
+    /// What its command line says, which goes before what its files say.
+    pub options: Options,
+    pub file: Option<PathBuf>,
+}
 
 /// Runs the daemon until it is told to stop, by a call, SIGTERM or SIGINT.
 ///
@@ -20,10 +33,11 @@ use settings::Settings;
 ///
 /// What keeps the daemon from starting, in one line: what, why, what to do. A daemon that has started
 /// ends with an error only if it cannot go on.
-pub fn run(settings: Settings) -> anyhow::Result<()> {
+pub fn run(launch: Launch, config: Config) -> anyhow::Result<()> {
+    let settings = Settings::from(launch.options.clone().or(config.options.clone()));
     let log = log::start(settings.log_format, settings.log_level);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let outcome = runtime.block_on(run::run(settings, log));
+    let outcome = runtime.block_on(run::run(launch, settings, config, log));
     runtime.shutdown_background();
     outcome
 }

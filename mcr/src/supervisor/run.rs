@@ -23,6 +23,7 @@ use crate::{
         server::{self, Call},
         socket::{self, ControlLock},
     },
+    config::Config,
     datapath::{self, af_packet, af_xdp, budget},
     ebpf::{self, Object, Placement, Steering},
     net::{
@@ -34,9 +35,12 @@ use crate::{
     rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule},
     ruleset::{Entry, OUTPUTS_PER_RULE},
     supervisor::{
+        Launch,
         books::{Books, Programs},
+        configuration::{Configuration, overdue},
         event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
         host::{self, Namespace},
+        journal::Journal,
         log::LogControl,
         settings::Settings,
         state::{Limits, State},
@@ -73,6 +77,11 @@ pub struct Daemon {
     pub since: SystemTime,
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
     pub packet_sockets: BTreeMap<WorkerId, PacketIngress>,
+    pub configuration: Configuration,
+    pub journal: Journal,
+    /// What keeps rules that are added by command from outliving the daemon, if something does.
+    pub journal_failure: Option<String>,
+    pub source_port: u16,
     /// Interfaces of which it has been said that `auto` takes AF_PACKET there.
     fallbacks: BTreeSet<InterfaceName>,
     object: Object,
@@ -85,7 +94,7 @@ pub struct Daemon {
 }
 
 /// The daemon's life.
-pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
+pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogControl) -> anyhow::Result<()> {
     host::check_capabilities()?;
     let group = settings.group.as_deref().map(privileges::group).transpose()?;
     let account = settings.user.as_deref().map(|user| Account::of(user, group)).transpose()?;
@@ -138,8 +147,8 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         namespace.check_pins()?;
     }
     namespace.clear_leftovers();
-    let source_port =
-        SourcePort::hold(settings.source_port).with_context(|| source_port_refused(settings.source_port))?;
+    let (journal, memory) = Journal::open(&settings.control);
+    let source_port = hold_source_port(settings.source_port, memory.source_port)?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
 
@@ -159,6 +168,10 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         since: SystemTime::now(),
         workers: BTreeMap::new(),
         packet_sockets: BTreeMap::new(),
+        configuration: Configuration { launch, ..Configuration::default() },
+        journal,
+        journal_failure: None,
+        source_port: source_port.get(),
         fallbacks: BTreeSet::new(),
         object,
         memberships: Memberships::default(),
@@ -168,6 +181,9 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         stop: Arc::new(Notify::new()),
         settings,
     };
+    daemon.load_first(config)?;
+    daemon.recall(&memory.rules);
+    daemon.remember();
     info!(
         version = env!("CARGO_PKG_VERSION"),
         control = %daemon.settings.control.display(),
@@ -196,6 +212,17 @@ fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<(
     Ok(())
 }
 
+/// The source port that was asked for, else the one that the daemon before had chosen, else any.
+fn hold_source_port(asked: Option<u16>, former: Option<u16>) -> anyhow::Result<SourcePort> {
+    if let (None, Some(former)) = (asked, former) {
+        match SourcePort::hold(Some(former)) {
+            Ok(port) => return Ok(port),
+            Err(error) => warn!(former, "the source port of before cannot be had, another is taken: {error}"),
+        }
+    }
+    SourcePort::hold(asked).with_context(|| source_port_refused(asked))
+}
+
 fn source_port_refused(asked: Option<u16>) -> String {
     match asked {
         Some(port) => format!(
@@ -222,6 +249,7 @@ impl Daemon {
     ) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
         let (calls, mut called) = mpsc::channel(CALLS);
         let server_end = Arc::new(Notify::new());
         let ending = Arc::clone(&server_end);
@@ -242,6 +270,12 @@ impl Daemon {
             tokio::select! {
                 _ = terminate.recv() => { info!("SIGTERM: ending"); break }
                 _ = interrupt.recv() => { info!("SIGINT: ending"); break }
+                _ = hangup.recv() => { info!("SIGHUP: reloading"); self.reload().await }
+                () = overdue(self.configuration.unconfirmed.as_ref().map(|load| load.until)) => {
+                    warn!("nobody confirmed the load in time");
+                    // There is one: its time is over.
+                    let _ = self.roll_back().await;
+                }
                 () = stop.notified() => break,
                 Some(call) = called.recv() => self.answer(call).await,
                 Some(event) = incoming.recv() => self.take(event).await,

@@ -3,8 +3,9 @@
 use std::{fmt, num::NonZeroU32, path::PathBuf};
 
 use clap::ValueEnum;
+use toml::Value;
 
-use crate::rule::DatapathChoice;
+use crate::{rule::DatapathChoice, sys::cpu_list::ranges};
 
 /// Where the control socket is unless it is said otherwise.
 pub const DEFAULT_CONTROL: &str = "/run/mcr/mcr.sock";
@@ -38,6 +39,31 @@ pub struct Settings {
     pub bpf_object: Option<PathBuf>,
     pub log_format: LogFormat,
     pub log_level: LogLevel,
+}
+
+impl Settings {
+    /// Each setting by its key in `[daemon]`, with its value as TOML unless it is left to the daemon.
+    pub fn named(&self) -> [(&'static str, Option<String>); 14] {
+        let text = |text: &dyn fmt::Display| Some(Value::String(text.to_string()).to_string());
+        let cpus = self.cpus.as_ref().map(|cpus| ranges(cpus));
+        let format = self.log_format.to_possible_value().map(|value| value.get_name().to_owned());
+        [
+            ("datapath", text(&self.datapath)),
+            ("generic_xdp", Some(self.generic_xdp.to_string())),
+            ("workers", self.workers.map(|workers| workers.to_string())),
+            ("cpus", cpus.and_then(|cpus| text(&cpus))),
+            ("busy_poll", self.busy_poll_us.map(|us| us.to_string())),
+            ("control", text(&self.control.display())),
+            ("group", self.group.as_ref().and_then(|group| text(group))),
+            ("user", self.user.as_ref().and_then(|user| text(user))),
+            ("pin_root", text(&self.pin_root.display())),
+            ("source_port", self.source_port.map(|port| port.to_string())),
+            ("max_rules", Some(self.max_rules.to_string())),
+            ("bpf_object", self.bpf_object.as_ref().and_then(|object| text(&object.display()))),
+            ("log_format", format.and_then(|format| text(&format))),
+            ("log_level", text(&self.log_level)),
+        ]
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

@@ -23,7 +23,9 @@ use crate::{
         links::{Link, Links},
         membership::Membership,
     },
-    rule::{Datapath, DatapathChoice, Dscp, IfIndex, InterfaceName, Origin, Output, Rule, RuleSlot, Ttl},
+    rule::{
+        Datapath, DatapathChoice, Dscp, IfIndex, InterfaceName, Origin, Output, Rule, RuleName, RuleSlot, Ttl,
+    },
     ruleset::{self, Amendment, Change, Entry, Refusal, RuleSet},
     supervisor::event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
     worker::protocol::{self, CompiledOutput, CompiledRule, Route},
@@ -329,6 +331,30 @@ impl State {
         Ok(entry)
     }
 
+    /// Puts other rules in the place of those that there are. What it takes is in the next plan.
+    pub fn replace_rules(&mut self, rules: RuleSet) {
+        let before = std::mem::replace(&mut self.rules, rules);
+        let same = |entry: &&Entry| self.rules.get(entry.rule.name.as_str()).is_ok_and(|now| now == *entry);
+        let mut touched: BTreeSet<_> = before
+            .iter()
+            .filter(|entry| !same(entry))
+            .map(|entry| entry.rule.input.interface.clone())
+            .collect();
+        let new = |entry: &&Entry| before.get(entry.rule.name.as_str()).is_err();
+        touched.extend(self.rules.iter().filter(new).map(|entry| entry.rule.input.interface.clone()));
+        for interface in &touched {
+            self.forget_failures(interface);
+            if let Some(refusal) = self.xdp_refusals.get_mut(interface) {
+                refusal.stale = true;
+            }
+        }
+    }
+
+    /// Says where a rule comes from now.
+    pub fn set_origin(&mut self, name: &RuleName, origin: Origin) {
+        self.rules.set_origin(name, origin);
+    }
+
     /// Takes note of an event; what follows from it is in the next plan, but for what is answered here.
     pub fn apply(&mut self, event: Event) -> Vec<Effect> {
         match event {
@@ -417,6 +443,9 @@ impl State {
         self.plan_joins(&memberships, &mut effects);
         self.plan_flows(&wanted, relays, &mut effects);
         self.plan_flow_removals(&wanted, bars, &mut effects);
+        if effects.is_empty() {
+            self.rules.release_slots();
+        }
         effects
     }
 

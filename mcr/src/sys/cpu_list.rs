@@ -1,5 +1,7 @@
 //! Lists of CPUs as the kernel and people write them: `0-3,6`.
 
+use std::fmt::Write;
+
 /// CPUs that a CPU set of the kernel's interface has room for.
 const MAX_CPU: u32 = 1023;
 
@@ -26,5 +28,39 @@ fn parse_cpu(number: &str) -> Result<u32, String> {
     match number.parse() {
         Ok(cpu @ 0..=MAX_CPU) => Ok(cpu),
         _ => Err(format!("'{number}' is no CPU: write numbers from 0 to {MAX_CPU} and ranges, like 0-3,6")),
+    }
+}
+
+/// `0-3,6` of an ascending list.
+pub fn ranges(numbers: &[u32]) -> String {
+    let mut text = String::new();
+    let mut rest = numbers;
+    while let [first, ..] = *rest {
+        let run = (1..rest.len()).take_while(|&at| rest[at - 1].checked_add(1) == Some(rest[at])).count();
+        let comma = if text.is_empty() { "" } else { "," };
+        let _ = write!(text, "{comma}{first}");
+        if run > 0 {
+            let _ = write!(text, "-{}", rest[run]);
+        }
+        rest = &rest[run + 1..];
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_ranges() {
+        for (numbers, text) in [
+            (&[][..], ""),
+            (&[4], "4"),
+            (&[0, 1, 2, 3, 6], "0-3,6"),
+            (&[0, 2, 3], "0,2-3"),
+            (&[u32::MAX - 1, u32::MAX], "4294967294-4294967295"),
+        ] {
+            assert_eq!(ranges(numbers), text);
+        }
     }
 }

@@ -7,3 +7,4 @@ pub mod multicast;
 pub mod privileges;
 pub mod seccomp;
 pub mod socket_option;
+pub mod whole_file;

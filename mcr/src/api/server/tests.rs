@@ -169,13 +169,13 @@ fn garbage_is_answered_and_the_connection_goes_on() {
 }
 
 #[test]
-fn a_megabyte_is_refused_and_closed() {
+fn what_is_longer_than_a_request_is_refused_and_closed() {
     let server = Server::start(Limits::default());
     let mut stream = server.connect();
-    if let Err(error) = stream.write_all(&vec![b'x'; 1 << 20]) {
+    if let Err(error) = stream.write_all(&vec![b'x'; 2 * wire::MAX_REQUEST_BYTES]) {
         assert!(matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
     }
-    assert_eq!(last_words(stream)["error"]["message"], "a request has at most 262144 bytes");
+    assert_eq!(last_words(stream)["error"]["message"], "a request has at most 8388608 bytes");
     server.assert_well();
 }
 

@@ -9,7 +9,7 @@ use clap::{ArgGroup, Subcommand};
 
 use super::{remote::Remote, text};
 use crate::{
-    api::wire::{Request, RuleChange, RuleOutcome, RuleRef, RuleSpec},
+    api::wire::{Request, RuleChange, RuleOutcome, RuleRef, RuleRemoval, RuleSpec},
     rule::{DatapathChoice, Input, Output, RuleError, RuleName},
 };
 
@@ -29,7 +29,12 @@ enum Command {
     /// Add or remove outputs of a rule, or change its datapath; the other outputs lose nothing
     Set(Set),
     /// Remove a rule; once this returns, not one more datagram of it leaves
-    Remove { name: String },
+    Remove {
+        name: String,
+        /// Take it out of what was saved, too
+        #[arg(long)]
+        save: bool,
+    },
     /// List the rules
     List,
     /// Show a rule: its outputs, its datapath and why, what the host still sees
@@ -71,7 +76,7 @@ struct Set {
     consent: Consent,
 }
 
-/// What is refused unless it is said to be meant.
+/// What is not done unless it is said to be meant.
 #[derive(Debug, clap::Args)]
 struct Consent {
     /// Other rules may feed the same output
@@ -80,6 +85,9 @@ struct Consent {
     /// Groups in 224.0.0.0/24 are meant
     #[arg(long)]
     link_local: bool,
+    /// Make it permanent, in a fragment of mcr's own beside the daemon's --config
+    #[arg(long)]
+    save: bool,
 }
 
 impl Args {
@@ -89,7 +97,10 @@ impl Args {
             Command::Show { name } => self.remote.ask(&Request::RuleShow(reference(&name)?), render::show),
             Command::Add(add) => change(&self.remote, &Request::RuleAdd(add.spec()?)),
             Command::Set(set) => change(&self.remote, &Request::RuleSet(set.change()?)),
-            Command::Remove { name } => change(&self.remote, &Request::RuleRemove(reference(&name)?)),
+            Command::Remove { name, save } => {
+                let name = canonical::<RuleName>(&name)?;
+                change(&self.remote, &Request::RuleRemove(RuleRemoval { name, save }))
+            }
         }
     }
 }
@@ -126,6 +137,7 @@ impl Add {
             datapath: self.datapath.unwrap_or_default().to_string(),
             merge: self.consent.merge,
             link_local: self.consent.link_local,
+            save: self.consent.save,
         })
     }
 }
@@ -139,6 +151,7 @@ impl Set {
             datapath: self.datapath.map(|datapath| datapath.to_string()),
             merge: self.consent.merge,
             link_local: self.consent.link_local,
+            save: self.consent.save,
         })
     }
 }

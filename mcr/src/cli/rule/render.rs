@@ -51,11 +51,12 @@ pub fn list(answer: &RuleList, width: u16) -> String {
                 rule.input.clone(),
                 outputs(rule).join("\n"),
                 rule.datapath.clone().unwrap_or_else(|| "-".to_owned()),
+                rule.origin.clone(),
                 health(rule.health, rule.reason.as_deref()),
             ]
         })
         .collect();
-    table(width, &["RULE", "IN", "OUT", "DATAPATH", "STATE"], &[], rows)
+    table(width, &["RULE", "IN", "OUT", "DATAPATH", "ORIGIN", "STATE"], &[], rows)
 }
 
 pub fn show(answer: &RuleShow, width: u16) -> String {
@@ -74,7 +75,7 @@ pub fn show(answer: &RuleShow, width: u16) -> String {
     if !rule.datapath_why.is_empty() {
         rows.push(row("why", rule.datapath_why.clone()));
     }
-    rows.push(row("origin", rule.origin.clone()));
+    rows.push(row("origin", rule.place.as_ref().unwrap_or(&rule.origin).clone()));
     for (set, option) in [(rule.merge, "merge"), (rule.link_local, "link-local")] {
         if set {
             rows.push(row(option, "yes".to_owned()));
@@ -105,6 +106,7 @@ mod tests {
         RuleInfo {
             name: "cam1".to_owned(),
             origin: "cli".to_owned(),
+            place: None,
             input: "239.1.1.1:5000@eth0".to_owned(),
             outputs: outputs.collect(),
             datapath: Some("af-xdp".to_owned()),
@@ -145,9 +147,9 @@ mod tests {
         assert_eq!(
             list(&rules, 100),
             "\
-RULE  IN                   OUT                  DATAPATH  STATE
-cam1  239.1.1.1:5000@eth0  239.2.2.2:6000@eth1  af-xdp    active
-cam2  239.1.1.1:5000@eth0  a                    -         failed: no memory
+RULE  IN                   OUT                  DATAPATH  ORIGIN  STATE
+cam1  239.1.1.1:5000@eth0  239.2.2.2:6000@eth1  af-xdp    cli     active
+cam2  239.1.1.1:5000@eth0  a                    -         cli     failed: no memory
                            b
                            c
                            d

@@ -1,0 +1,445 @@
+//! Configuration files and a daemon that runs: loading them as a whole or not at all, taking a load back, and
+//! making rules permanent in mcr's own fragment.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::unistd::{AccessFlags, access, geteuid};
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+
+use super::{Launch, commands::Answer, run::Daemon, settings::Settings, state::Problem};
+use crate::{
+    api::wire::{
+        ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, Error, LoadOutcome, RuleDifference, RuleSpec,
+        SCHEMA, SettingDifference,
+    },
+    config::{self, Config, Source},
+    rule::{DatapathChoice, Origin, Place, Rule, RuleName},
+    ruleset::{Entry, Plan, RuleSet},
+    supervisor::commands::{json, refused},
+    sys::whole_file,
+};
+
+/// A load that is taken back unless it is confirmed.
+pub struct Unconfirmed {
+    pub until: Instant,
+    rules: RuleSet,
+    settings: Settings,
+}
+
+/// What configuration the daemon has, and what it is about to do with it.
+#[derive(Default)]
+pub struct Configuration {
+    pub launch: Launch,
+    pub unconfirmed: Option<Unconfirmed>,
+    /// Why the last reload came to nothing, if it did.
+    pub refused: Option<String>,
+}
+
+/// A rule as it is said to the daemon.
+pub fn spec(rule: &Rule) -> RuleSpec {
+    RuleSpec {
+        name: Some(rule.name.to_string()),
+        input: rule.input.to_string(),
+        outputs: rule.outputs.iter().map(ToString::to_string).collect(),
+        datapath: rule.datapath.to_string(),
+        merge: rule.merge,
+        link_local: rule.link_local,
+        save: false,
+    }
+}
+
+impl Daemon {
+    /// Rules of a configuration, with the daemon's datapath where they name none.
+    fn rules_of(config: Config, datapath: DatapathChoice) -> Vec<(Rule, Place)> {
+        let choose = |mut rule: Rule| {
+            if rule.datapath.0.is_none() {
+                rule.datapath = datapath;
+            }
+            rule
+        };
+        config.rules.into_iter().map(|(rule, place)| (choose(rule), place)).collect()
+    }
+
+    /// Takes in the rules that the daemon is started with. What cannot be served waits or has failed, and says so.
+    pub fn load_first(&mut self, config: Config) -> anyhow::Result<()> {
+        let wanted = Self::rules_of(config, self.settings.datapath);
+        self.adopt(self.state.rules().reload(wanted)?.rules);
+        Ok(())
+    }
+
+    /// Puts other rules in the place of those that there are, and opens the books of what is new in them.
+    fn adopt(&mut self, rules: RuleSet) {
+        let before = self.state.rules().clone();
+        self.state.replace_rules(rules);
+        for entry in self.state.rules().iter() {
+            let known = before.get(entry.rule.name.as_str()).ok().filter(|known| known.slot == entry.slot);
+            let known_outputs = known.map_or(&[][..], |known| &known.output_slots);
+            let new: Vec<_> =
+                entry.output_slots.iter().copied().filter(|slot| !known_outputs.contains(slot)).collect();
+            if known.is_none() || !new.is_empty() {
+                self.books.open(entry, known.is_none(), &new, &self.programs);
+            }
+        }
+    }
+
+    pub fn show_config(&self) -> Answer {
+        let mut settings = self.settings.clone();
+        settings.source_port = Some(self.source_port);
+        settings.log_level = self.log.level();
+        json(&ConfigText { schema: SCHEMA, toml: config::document(&settings, self.state.rules().iter()) })
+    }
+
+    pub async fn load_config(&mut self, load: ConfigLoad) -> Answer {
+        let outcome = self.load(&load.sources, load.dry_run, load.confirm_within_s).await?;
+        json(&outcome)
+    }
+
+    /// Reads the daemon's own files again, as on SIGHUP.
+    pub async fn reload(&mut self) {
+        let Some(file) = self.configuration.launch.file.clone() else {
+            warn!("asked to reload, but the daemon was started without --config: nothing to do");
+            return;
+        };
+        let sources = config::gather(&file).map_err(|error| Error::refused(super::run::one_line(&error)));
+        let outcome = match sources {
+            Ok(sources) => self.load(&sources, false, None).await,
+            Err(error) => Err(error),
+        };
+        self.configuration.refused = None;
+        if let Err(why) = outcome {
+            error!("the configuration was not reloaded, all goes on as it was: {why}");
+            self.configuration.refused = Some(why.to_string());
+        }
+    }
+
+    /// Loads files as a whole or not at all.
+    async fn load(
+        &mut self,
+        sources: &[Source],
+        dry_run: bool,
+        confirm_within_s: Option<u32>,
+    ) -> Result<ConfigOutcome, Error> {
+        let config =
+            config::read(sources).map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
+        let settings = Settings::from(self.configuration.launch.options.clone().or(config.options.clone()));
+        let reload = self.state.rules().reload(Self::rules_of(config, settings.datapath)).map_err(refused)?;
+        let mut outcome = self.planned(&reload.plan, &reload.rules, &settings);
+        if dry_run {
+            return Ok(outcome);
+        }
+        self.check_confirmed()?;
+        let before = (self.state.rules().clone(), self.settings.clone());
+        self.adopt(reload.overlap);
+        self.settle().await;
+        if let Some(why) = self.failed_of(&reload.plan) {
+            self.adopt(before.0);
+            self.settle().await;
+            return Err(Error::refused(format!("{why}; nothing was changed")));
+        }
+        self.adopt(reload.rules);
+        self.settle().await;
+        self.apply_settings(&settings);
+        let nothing = reload.plan.is_empty() && outcome.settings.iter().all(|setting| setting.needs_restart);
+        outcome.outcome = if nothing { LoadOutcome::Unchanged } else { LoadOutcome::Applied };
+        if let Some(seconds) = confirm_within_s.filter(|_| !nothing) {
+            let until = Instant::now() + Duration::from_secs(seconds.into());
+            let (rules, settings) = before;
+            self.configuration.unconfirmed = Some(Unconfirmed { until, rules, settings });
+            outcome.confirm_within_s = Some(seconds);
+        }
+        self.configuration.refused = None;
+        say(&reload.plan);
+        outcome.warnings.extend(self.remember());
+        let waiting = self.waiting_of(&reload.plan);
+        if waiting > 0 {
+            outcome.warnings.push(format!("{waiting} of these rules wait for something: see `mcr status`"));
+        }
+        Ok(outcome)
+    }
+
+    /// What a load would do.
+    fn planned(&self, plan: &Plan, rules: &RuleSet, settings: &Settings) -> ConfigOutcome {
+        let specs = |names: &[RuleName], set: &RuleSet| {
+            let entry = |name: &RuleName| set.get(name.as_str()).ok();
+            names.iter().filter_map(entry).map(|entry| spec(&entry.rule)).collect()
+        };
+        let changed = plan.changed.iter().map(|(name, difference)| RuleDifference {
+            name: name.to_string(),
+            difference: difference.clone(),
+        });
+        let running = self.settings.named().into_iter().zip(settings.named());
+        let differing = running.filter(|((_, running), (_, file))| running != file);
+        let source = self.configuration.launch.file.as_deref();
+        ConfigOutcome {
+            schema: SCHEMA,
+            outcome: LoadOutcome::Planned,
+            added: specs(&plan.added, rules),
+            removed: specs(&plan.removed, self.state.rules()),
+            changed: changed.collect(),
+            adopted: plan.adopted.iter().map(ToString::to_string).collect(),
+            unchanged: plan.unchanged as u32,
+            settings: differing
+                .map(|((key, running), (_, file))| SettingDifference {
+                    key: key.to_owned(),
+                    running,
+                    file,
+                    needs_restart: !matches!(key, "datapath" | "log_level"),
+                })
+                .collect(),
+            confirm_within_s: None,
+            warnings: other_source(source, rules).into_iter().collect(),
+        }
+    }
+
+    /// Takes over what can be changed while the daemon runs.
+    fn apply_settings(&mut self, settings: &Settings) {
+        self.settings.datapath = settings.datapath;
+        if self.settings.log_level != settings.log_level {
+            self.settings.log_level = settings.log_level;
+            self.log.set_level(settings.log_level);
+        }
+    }
+
+    /// Why a rule that a plan adds or changes cannot be served, if one cannot.
+    fn failed_of(&self, plan: &Plan) -> Option<String> {
+        self.problems_of(plan)
+            .find(|(_, problem, _)| *problem == Problem::Failed)
+            .map(|(entry, _, why)| format!("{}: {why}", self.state.rules().whence(&entry.rule.name)))
+    }
+
+    fn waiting_of(&self, plan: &Plan) -> usize {
+        self.problems_of(plan).count()
+    }
+
+    fn problems_of<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = (&'a Entry, Problem, String)> {
+        let names = plan.added.iter().chain(plan.changed.iter().map(|(name, _)| name));
+        let entries = names.filter_map(|name| self.state.rules().get(name.as_str()).ok());
+        entries.filter_map(|entry| self.state.rule_problem(entry).map(|(problem, why)| (entry, problem, why)))
+    }
+
+    /// While a load waits to be confirmed nothing else is changed: what it is taken back to is what ran.
+    pub fn check_confirmed(&self) -> Result<(), Error> {
+        let Some(unconfirmed) = &self.configuration.unconfirmed else { return Ok(()) };
+        let left = unconfirmed.until.saturating_duration_since(Instant::now()).as_secs();
+        Err(Error::refused(format!(
+            "a load waits {left} s more to be confirmed: say `mcr config confirm` or `mcr config rollback` first"
+        )))
+    }
+
+    pub fn confirm(&mut self) -> Answer {
+        let Some(_kept) = self.configuration.unconfirmed.take() else {
+            return Err(Error::refused("no load waits to be confirmed: it has been, or its time is over"));
+        };
+        info!("the load is confirmed");
+        let warnings = self.remember();
+        self.ended(LoadOutcome::Confirmed, warnings)
+    }
+
+    pub async fn roll_back(&mut self) -> Answer {
+        let Some(unconfirmed) = self.configuration.unconfirmed.take() else {
+            return Err(Error::refused("no load waits to be confirmed: there is nothing to take back"));
+        };
+        self.adopt(unconfirmed.rules);
+        self.settle().await;
+        self.apply_settings(&unconfirmed.settings);
+        warn!("the load is taken back: what ran before runs again");
+        let warnings = self.remember();
+        self.ended(LoadOutcome::RolledBack, warnings)
+    }
+
+    fn ended(&self, outcome: LoadOutcome, warnings: Option<String>) -> Answer {
+        let rules = self.state.rules();
+        let warnings = warnings.into_iter().collect();
+        json(&ConfigOutcome { outcome, warnings, ..self.planned(&Plan::default(), rules, &self.settings) })
+    }
+
+    /// Writes the rules that were added by command into the journal; answers what keeps it from that.
+    ///
+    /// A load that waits to be confirmed is not written down: a daemon that dies then has what ran before.
+    pub fn remember(&mut self) -> Option<String> {
+        if self.configuration.unconfirmed.is_some() {
+            return None;
+        }
+        let by_command = self.state.rules().iter().filter(|entry| entry.origin == Origin::Cli);
+        let memory = super::journal::Memory {
+            source_port: self.settings.source_port.is_none().then_some(self.source_port),
+            rules: by_command.map(|entry| spec(&entry.rule)).collect(),
+        };
+        let failure = self.journal.keep(&memory).err().map(|error| {
+            let path = self.journal.path().display();
+            format!("rules that are added by command would not survive the daemon: {path} cannot be written: {error}")
+        });
+        if let Some(failure) = &failure {
+            warn!("{failure}");
+        }
+        self.journal_failure.clone_from(&failure);
+        failure
+    }
+
+    /// Takes in the rules that a daemon before was given by command.
+    pub fn recall(&mut self, rules: &[RuleSpec]) {
+        for spec in rules {
+            let added = self.read_rule(spec).and_then(|rule| {
+                let name = rule.name.clone();
+                self.state.add(rule, Origin::Cli).map_err(|refusal| self.refusal(&refusal))?;
+                Ok(name)
+            });
+            match added.and_then(|name| Ok(self.state.rules().get(name.as_str())?.clone())) {
+                Ok(entry) => self.books.open(&entry, true, &entry.output_slots, &self.programs),
+                Err(why) => warn!(
+                    "a rule that was added by command cannot stand any more and is gone: {why}; it was `mcr rule add {} --in {} --out {}`",
+                    spec.name.as_deref().unwrap_or_default(),
+                    spec.input,
+                    spec.outputs.join(" --out "),
+                ),
+            }
+        }
+        if !rules.is_empty() {
+            info!(rules = rules.len(), "rules that were added by command are taken over from the journal");
+        }
+    }
+
+    /// The file that rules are saved in.
+    fn fragment(&self) -> Result<PathBuf, Error> {
+        let none =
+            "the daemon runs without --config and has no place for that: name a file, `mcr config save FILE`";
+        let file = self.configuration.launch.file.as_deref();
+        Ok(config::own_fragment(file.ok_or_else(|| Error::refused(none))?))
+    }
+
+    /// Whether a rule stands in a file that is not mcr's to write.
+    fn check_ours(&self, name: &str) -> Result<(), Error> {
+        let fragment = self.fragment()?;
+        match self.state.rules().get(name).map(|entry| &entry.origin) {
+            Ok(Origin::File(place)) if Path::new(&*place.file) != fragment => Err(Error::refused(format!(
+                "rule '{name}' stands at {place}, which mcr does not write: change it there, then `mcr config load` it"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what could not be saved, before anything is changed.
+    pub fn check_saving(&self, name: Option<&str>) -> Result<(), Error> {
+        let fragment = self.fragment()?;
+        if let Some(name) = name {
+            self.check_ours(name)?;
+        }
+        saved_rules(&fragment)?;
+        let directory = fragment.parent().unwrap_or(Path::new("/"));
+        let there = directory.ancestors().find(|path| path.exists()).unwrap_or(directory);
+        access(there, AccessFlags::W_OK | AccessFlags::X_OK).map_err(|errno| {
+            let (directory, user) = (directory.display(), geteuid());
+            Error::refused(format!(
+                "{directory} cannot be written by user {user} ({errno}): give it to them (chown)"
+            ))
+        })
+    }
+
+    /// Writes a change of rules into mcr's own fragment: those that stand as they are, others out of it.
+    pub fn save(&mut self, names: &[RuleName]) -> Result<PathBuf, Error> {
+        let fragment = self.fragment()?;
+        let mut saved = saved_rules(&fragment)?;
+        for name in names {
+            saved.retain(|rule| rule.name != *name);
+            if let Ok(entry) = self.state.rules().get(name.as_str()) {
+                saved.push(entry.rule.clone());
+            }
+        }
+        saved.sort_by(|one, other| one.name.cmp(&other.name));
+        let text = config::fragment(saved.iter());
+        let failed = |error: std::io::Error| {
+            Error::refused(format!("{} cannot be written: {error}", fragment.display()))
+        };
+        if let Some(directory) = fragment.parent() {
+            std::fs::create_dir_all(directory).map_err(failed)?;
+        }
+        whole_file::write(&fragment, text.as_bytes(), 0o644).map_err(failed)?;
+        let source = Source { file: fragment.display().to_string(), text };
+        // What was read and written here is read again for its lines alone.
+        let places = config::read_fragment(&source).map(|config| config.rules).unwrap_or_default();
+        for (rule, place) in places.into_iter().filter(|(rule, _)| names.contains(&rule.name)) {
+            self.state.set_origin(&rule.name, Origin::File(place));
+        }
+        info!(file = %fragment.display(), rules = saved.len(), "saved");
+        Ok(fragment)
+    }
+
+    pub fn save_all(&mut self) -> Answer {
+        self.check_confirmed()?;
+        self.check_saving(None)?;
+        let by_command = self.state.rules().iter().filter(|entry| entry.origin == Origin::Cli);
+        let names: Vec<_> = by_command.map(|entry| entry.rule.name.clone()).collect();
+        let file = self.save(&names)?.display().to_string();
+        self.remember();
+        json(&ConfigSaved { schema: SCHEMA, file, saved: names.iter().map(ToString::to_string).collect() })
+    }
+
+    /// What an operator who changes a rule from a file should know.
+    pub fn reload_warning(entry: &Entry, what: &str) -> Option<String> {
+        let Origin::File(place) = &entry.origin else { return None };
+        Some(format!("rule '{}' stands at {place}: {what} at the next reload or start", entry.rule.name))
+    }
+}
+
+fn say(plan: &Plan) {
+    for name in &plan.added {
+        info!(rule = %name, "rule added by configuration");
+    }
+    for (name, difference) in &plan.changed {
+        info!(rule = %name, difference, "rule changed by configuration");
+    }
+    for name in &plan.removed {
+        info!(rule = %name, "rule removed by configuration");
+    }
+    info!(
+        added = plan.added.len(),
+        changed = plan.changed.len(),
+        removed = plan.removed.len(),
+        adopted = plan.adopted.len(),
+        unchanged = plan.unchanged,
+        "configuration loaded"
+    );
+}
+
+/// The rules that mcr's own fragment holds.
+fn saved_rules(fragment: &Path) -> Result<Vec<Rule>, Error> {
+    let text = match std::fs::read_to_string(fragment) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::refused(format!("{} cannot be read: {error}", fragment.display()))),
+    };
+    let config = config::read_fragment(&Source { file: fragment.display().to_string(), text });
+    let config = config.map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
+    Ok(config.rules.into_iter().map(|(rule, _)| rule).collect())
+}
+
+/// Says that what is loaded is not what the next start reads.
+fn other_source(file: Option<&Path>, rules: &RuleSet) -> Option<String> {
+    let mut places = rules.iter().filter_map(|entry| match &entry.origin {
+        Origin::File(place) => Some(Path::new(&*place.file)),
+        Origin::Cli => None,
+    });
+    let Some(file) = file else {
+        let why = "the daemon was started without --config: the next start knows nothing of these rules";
+        return places.next().map(|_| why.to_owned());
+    };
+    let directory = config::own_fragment(file).parent().map(Path::to_owned).unwrap_or_default();
+    let foreign = places.find(|place| *place != file && !place.starts_with(&directory))?;
+    Some(format!(
+        "these rules are of {}, and the next start or SIGHUP reads {}",
+        foreign.display(),
+        file.display()
+    ))
+}
+
+/// When a load that waits to be confirmed is taken back.
+pub async fn overdue(unconfirmed: Option<Instant>) {
+    match unconfirmed {
+        Some(until) => tokio::time::sleep_until(until).await,
+        None => std::future::pending().await,
+    }
+}
