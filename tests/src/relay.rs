@@ -126,8 +126,14 @@ impl<'a> Relay<'a> {
     /// Starts another daemon in the place of one that has ended.
     #[track_caller]
     pub fn start_again(&mut self, site: &Site) {
+        self.start_again_with(site, &[]);
+    }
+
+    /// As [`Self::start_again`], with further arguments of `mcr run`.
+    #[track_caller]
+    pub fn start_again_with(&mut self, site: &Site, args: &[&str]) {
         assert!(self.daemon.ended().is_some(), "the daemon still runs");
-        self.daemon = Process::spawn(&mut Self::command(site));
+        self.daemon = Process::spawn(Self::command(site).args(args));
         self.wait_until_ready();
     }
 

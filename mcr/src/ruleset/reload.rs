@@ -69,7 +69,7 @@ impl RuleSet {
                 new.push((rule, place));
                 continue;
             };
-            let differs = difference(&known.rule, &rule).or_else(|| difference(&rule, &known.rule));
+            let differs = difference(&rule, &known.rule).or_else(|| difference(&known.rule, &rule));
             match (differs, &known.origin) {
                 (None, origin) => {
                     if *origin == Origin::Cli {

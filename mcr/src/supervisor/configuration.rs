@@ -361,8 +361,11 @@ impl Daemon {
         let source = Source { file: fragment.display().to_string(), text };
         // What was read and written here is read again for its lines alone.
         let places = config::read_fragment(&source).map(|config| config.rules).unwrap_or_default();
-        for (rule, place) in places.into_iter().filter(|(rule, _)| names.contains(&rule.name)) {
-            self.state.set_origin(&rule.name, Origin::File(place));
+        for (rule, place) in places {
+            let runs = self.state.rules().get(rule.name.as_str()).is_ok_and(|entry| entry.rule == rule);
+            if runs {
+                self.state.set_origin(&rule.name, Origin::File(place));
+            }
         }
         info!(file = %fragment.display(), rules = saved.len(), "saved");
         Ok(fragment)
