@@ -118,8 +118,9 @@ fn a_daemon_killed_under_load_can_be_followed_again_and_again() {
     let mut relay = Relay::start(&site);
     let source = Source::start(site.source(), Stream::to(at("239.1.1.1:5000")));
     let mut sink = site.capture(0);
-    for round in 0..3 {
-        relay.add(&format!("r{round}"), "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    for _ in 0..3 {
+        relay.wait_until_active("cam1");
         let seen = sink.count(at("239.2.2.2:6000"));
         sink.at_least(at("239.2.2.2:6000"), seen + 500);
         relay.signal(Signal::SIGKILL);

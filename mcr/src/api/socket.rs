@@ -4,6 +4,7 @@
 //! socket that a killed daemon left, because nobody can listen there.
 
 use std::{
+    ffi::OsStr,
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, Read, Write},
     os::unix::{
@@ -86,21 +87,24 @@ impl ControlLock {
     /// Takes the lock beside `socket`; makes the socket's directory if it is not there.
     pub fn acquire(socket: &Path) -> Result<Self, BindError> {
         check_length(socket)?;
-        let Some(name) = socket.file_name() else {
+        if socket.file_name().is_none() {
             return Err(BindError::NoFileName { path: socket.to_owned() });
-        };
+        }
         let made = make_parent(socket)?;
-        let mut lock_name = name.to_owned();
-        lock_name.push(".lock");
-        let lock = socket.with_file_name(lock_name);
+        let lock = beside(socket, ".lock");
         let file = lock_file(&lock, socket)?;
         let usual = socket.parent() == Path::new(DEFAULT_CONTROL).parent();
-        let own_directory = made || usual || holds_nothing_but(&[socket, &lock]);
+        let own_directory = made || usual || holds_nothing_but_ours(socket);
         Ok(Self { socket: socket.to_owned(), lock, own_directory, file })
     }
 
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Where what is to outlive the daemon is written down.
+    pub fn journal(&self) -> PathBuf {
+        beside(&self.socket, ".journal")
     }
 
     /// Makes the lock an account's, and mcr's own directory with it: the account is to put its socket there.
@@ -115,6 +119,8 @@ impl ControlLock {
         }
         std::os::unix::fs::fchown(&*self.file, Some(account.uid.as_raw()), Some(account.gid.as_raw()))
             .map_err(failed(&self.lock))?;
+        let journal = self.journal();
+        give_file(&journal, account).map_err(failed(&journal))?;
         let parent = self.socket.parent().filter(|_| self.own_directory);
         parent.map_or(Ok(()), |parent| privileges::give(parent, account).map_err(failed(parent)))
     }
@@ -129,6 +135,28 @@ impl Drop for ControlLock {
         }
         let _ = fs::remove_file(&self.lock);
     }
+}
+
+/// The path of a file of ours that stands beside the socket.
+fn beside(socket: &Path, what: &str) -> PathBuf {
+    let mut name = socket.file_name().unwrap_or_default().to_owned();
+    name.push(what);
+    socket.with_file_name(name)
+}
+
+/// Makes a file an account's if it is there: never what a link leads to, or what has another name as well.
+fn give_file(path: &Path, account: &Account) -> io::Result<()> {
+    let file =
+        match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
+            Ok(file) => file,
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ELOOP)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.nlink() > 1 {
+        return Ok(());
+    }
+    std::os::unix::fs::fchown(&file, Some(account.uid.as_raw()), Some(account.gid.as_raw()))
 }
 
 /// Makes the directory of a socket. False if it was there.
@@ -191,15 +219,14 @@ fn lock_file(path: &Path, socket: &Path) -> Result<Flock<File>, BindError> {
     }
 }
 
-/// Whether the directory of these files holds no others, and is not for all to write to, as `/tmp` is.
-fn holds_nothing_but(files: &[&Path]) -> bool {
-    let Some(parent) = files[0].parent().filter(|parent| !parent.as_os_str().is_empty()) else {
-        return false;
-    };
+/// Whether the directory of a socket holds nothing but what a daemon puts beside it, and is not for all to write to,
+/// as `/tmp` is.
+fn holds_nothing_but_ours(socket: &Path) -> bool {
+    let parent = socket.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let (Some(parent), Some(name)) = (parent, socket.file_name()) else { return false };
+    let ours = |file: &OsStr| file.as_bytes().starts_with(name.as_bytes());
     let for_all = fs::metadata(parent).is_ok_and(|metadata| metadata.mode() & 0o002 != 0);
-    !for_all
-        && fs::read_dir(parent)
-            .is_ok_and(|entries| entries.flatten().all(|entry| files.contains(&entry.path().as_path())))
+    !for_all && fs::read_dir(parent).is_ok_and(|files| files.flatten().all(|file| ours(&file.file_name())))
 }
 
 fn is_socket(path: &Path) -> bool {

@@ -45,16 +45,9 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// The journal's place, beside the control socket.
-    pub fn beside(control: &Path) -> PathBuf {
-        let mut name = control.file_name().unwrap_or_default().to_owned();
-        name.push(".journal");
-        control.with_file_name(name)
-    }
-
     /// Opens the journal and reads what a daemon before left in it. One that cannot be believed is set aside, and said.
-    pub fn open(control: &Path) -> (Self, Memory) {
-        let journal = Self { path: Self::beside(control), written: None };
+    pub fn open(path: PathBuf) -> (Self, Memory) {
+        let journal = Self { path, written: None };
         let memory = match read(&journal.path) {
             Ok(memory) => memory.unwrap_or_default(),
             Err(torn) => {
@@ -104,7 +97,7 @@ fn sum(text: &str) -> String {
 
 /// What stands in a journal; none if there is no journal.
 fn read(path: &Path) -> Result<Option<Memory>, Torn> {
-    let open = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    let open = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
     let bytes = match open.and_then(|mut file| io::read_to_string(&mut file)) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -147,7 +147,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         namespace.check_pins()?;
     }
     namespace.clear_leftovers();
-    let (journal, memory) = Journal::open(&settings.control);
+    let (journal, memory) = Journal::open(lock.journal());
     let source_port = hold_source_port(settings.source_port, memory.source_port)?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
