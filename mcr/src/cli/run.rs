@@ -5,6 +5,7 @@ use std::{num::NonZeroU32, path::PathBuf};
 use mcr_common::abi::DEFAULT_MAX_RULES;
 
 use crate::{
+    datapath::af_xdp,
     rule::DatapathChoice,
     supervisor::{
         self,
@@ -32,6 +33,13 @@ pub struct Args {
     /// [default: 25 where frames usually come within that time, otherwise 0]
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     busy_poll: Option<u32>,
+    /// Frames that an RX queue's UMEM holds (AF_XDP), a power of two from 256 to 65536: how long a stall of its worker
+    /// is bridged, for 2 or 4 KiB of memory each
+    #[arg(long, value_name = "N", default_value_t = af_xdp::FRAMES, value_parser = parse_frames)]
+    frames: u32,
+    /// Places in an RX queue's RX ring (AF_XDP), a power of two, at most as many as frames [default: as many]
+    #[arg(long, value_name = "N", value_parser = parse_rx_ring)]
+    rx_ring: Option<u32>,
     /// The control socket to listen on
     #[arg(long, value_name = "PATH", env = "MCR_CONTROL", default_value = DEFAULT_CONTROL)]
     control: PathBuf,
@@ -75,6 +83,8 @@ impl From<Args> for Settings {
             workers: args.workers,
             cpus: args.cpus.map(|CpuList(cpus)| cpus),
             busy_poll_us: args.busy_poll,
+            frames: args.frames,
+            rx_ring: args.rx_ring,
             control: args.control,
             group: args.group,
             user: args.user,
@@ -96,6 +106,20 @@ struct CpuList(Vec<u32>);
 fn parse_workers(text: &str) -> Result<NonZeroU32, String> {
     let workers = text.parse().ok().filter(|workers: &NonZeroU32| workers.get() <= 256);
     workers.ok_or_else(|| "write a number from 1 to 256".to_owned())
+}
+
+fn parse_frames(text: &str) -> Result<u32, String> {
+    parse_power_of_two(text, 256)
+}
+
+fn parse_rx_ring(text: &str) -> Result<u32, String> {
+    parse_power_of_two(text, 2)
+}
+
+/// Rings have as many places as a power of two.
+fn parse_power_of_two(text: &str, least: u32) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|n: &u32| n.is_power_of_two() && (least..=65536).contains(n));
+    number.ok_or_else(|| format!("write a power of two from {least} to 65536"))
 }
 
 fn parse_list(text: &str) -> Result<CpuList, String> {
@@ -121,7 +145,7 @@ mod tests {
     #[test]
     fn arguments_become_settings() {
         let given = settings(
-            "--datapath af-xdp --generic-xdp --busy-poll 50 --workers 2 --cpus 6,0-3 --control /tmp/s --group ops --user mcr --pin-root /tmp/bpf --source-port 7000 \
+            "--datapath af-xdp --generic-xdp --busy-poll 50 --frames 1024 --rx-ring 512 --workers 2 --cpus 6,0-3 --control /tmp/s --group ops --user mcr --pin-root /tmp/bpf --source-port 7000 \
              --max-rules 10 --bpf-object a.o --log-format json --log-level debug",
         );
         let expected = Settings {
@@ -130,6 +154,8 @@ mod tests {
             workers: NonZeroU32::new(2),
             cpus: Some(vec![0, 1, 2, 3, 6]),
             busy_poll_us: Some(50),
+            frames: 1024,
+            rx_ring: Some(512),
             control: "/tmp/s".into(),
             group: Some("ops".to_owned()),
             user: Some("mcr".to_owned()),
@@ -147,6 +173,7 @@ mod tests {
     fn nothing_given_is_the_defaults() {
         let given = settings("--control /tmp/s").unwrap();
         assert_eq!((given.datapath, given.workers, given.cpus), (DatapathChoice(None), None, None));
+        assert_eq!((given.frames, given.rx_ring), (8192, None));
         assert_eq!((given.max_rules, given.pin_root), (4096, DEFAULT_PIN_ROOT.into()));
         assert_eq!((given.log_format, given.log_level), (LogFormat::Text, LogLevel::Info));
     }
@@ -158,6 +185,10 @@ mod tests {
             "--workers 0",
             "--workers 257",
             "--busy-poll 1000001",
+            "--frames 128",
+            "--frames 1000",
+            "--frames 131072",
+            "--rx-ring 3",
             "--cpus 3-1",
             "--cpus 0,,1",
             "--cpus 1024",

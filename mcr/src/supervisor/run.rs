@@ -48,7 +48,7 @@ use crate::{
     },
     worker::{
         ledger::Layout,
-        protocol::{Ingress, PacketRing, Setup},
+        protocol::{Ingress, PacketRing, Setup, UmemShape},
     },
 };
 
@@ -95,6 +95,10 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     let object = Object::open(settings.bpf_object.as_deref())?;
     host::check_io_uring()?;
     datapath::check_built(settings.datapath)?;
+    if let Some(rx_ring) = settings.rx_ring.filter(|places| *places > settings.frames) {
+        let frames = settings.frames;
+        anyhow::bail!("--rx-ring {rx_ring} has more places than there are frames: at most --frames {frames}");
+    }
     let no_bpf = host::check_bpf(&object).err().map(|error| format!("{error:#}"));
     let named = settings.datapath.0;
     match &no_bpf {
@@ -115,6 +119,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         cpus,
         cpus_chosen: settings.cpus.is_some(),
         source_port: 0,
+        frames: settings.frames,
         max_run: host::max_run(),
         host: host::limits(),
         no_bpf,
@@ -186,7 +191,7 @@ fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<(
     limits.host.check_descriptors(workers, limits.max_rules)?;
     let packet = limits.host.check(&budget::rings(workers, af_packet::ring(ETHERNET_MTU)), 0, 0);
     let xdp = af_xdp::chunk_bytes(ETHERNET_MTU)
-        .map(|chunk| limits.host.check(&budget::umems(workers, chunk), 0, 0))?;
+        .map(|chunk| limits.host.check(&budget::umems(workers, limits.frames, chunk), 0, 0))?;
     // What `auto` cannot have of one datapath it may have of the other, and says so where it matters.
     if datapath == Some(Datapath::AfXdp) {
         xdp?;
@@ -594,8 +599,11 @@ impl Daemon {
             FrameSource::AfXdp { queues, chunk_bytes } => Ingress::AfXdp {
                 interface: id.interface.as_str().to_owned(),
                 queues: queues.clone(),
-                chunk_bytes: *chunk_bytes,
-                frames: af_xdp::FRAMES,
+                umem: UmemShape {
+                    chunk_bytes: *chunk_bytes,
+                    frames: self.settings.frames,
+                    rx_ring: self.settings.rx_ring.unwrap_or(self.settings.frames),
+                },
             },
             FrameSource::AfPacket => {
                 let PacketIngress { socket, ring, base } =

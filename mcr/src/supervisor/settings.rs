@@ -25,6 +25,10 @@ pub struct Settings {
     /// How long an idle worker looks for frames before it sleeps, in microseconds; if none, that depends on
     /// what comes.
     pub busy_poll_us: Option<u32>,
+    /// Chunks of each RX queue's UMEM: a power of two.
+    pub frames: u32,
+    /// Places in each RX ring: a power of two, as many as chunks if none.
+    pub rx_ring: Option<u32>,
     pub control: PathBuf,
     /// Whose the control socket is beside the daemon's user.
     pub group: Option<String>,

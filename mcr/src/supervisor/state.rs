@@ -50,6 +50,8 @@ pub struct Limits {
     /// The operator chose them: they are used whichever device is near.
     pub cpus_chosen: bool,
     pub source_port: u16,
+    /// Chunks of each RX queue's UMEM.
+    pub frames: u32,
     /// Datagrams that this kernel takes in one `UDP_SEGMENT` send.
     pub max_run: u16,
     pub host: HostLimits,
@@ -228,7 +230,7 @@ impl State {
             Ok(chunk_bytes) => chunk_bytes,
             Err(error) => return Some(format!("{interface}: {error}")),
         };
-        let demand = budget::umems(link.rx_queues, chunk_bytes);
+        let demand = budget::umems(link.rx_queues, self.limits.frames, chunk_bytes);
         let shortfall = self.check_budget(interface, Datapath::AfXdp, &demand).err();
         shortfall.map(|shortfall| format!("{interface}: {shortfall}"))
     }
@@ -267,7 +269,8 @@ impl State {
             match running.spec.as_ref().map(|spec| &spec.source) {
                 _ if id.interface == *interface && id.datapath == datapath => {}
                 Some(FrameSource::AfXdp { queues, chunk_bytes }) => {
-                    locked += budget::umems(queues.len() as u32, *chunk_bytes).bytes;
+                    let queues = queues.len() as u32;
+                    locked += budget::umems(queues, self.limits.frames, *chunk_bytes).bytes;
                 }
                 _ => {}
             }

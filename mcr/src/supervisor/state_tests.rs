@@ -29,6 +29,7 @@ fn limits(max_rules: u32, workers: Option<u32>, cpus: &[u32]) -> Limits {
         cpus,
         cpus_chosen: false,
         source_port: 4000,
+        frames: 8192,
         max_run: 64,
         host,
         no_bpf: None,

@@ -74,10 +74,7 @@ pub enum Ingress {
         interface: String,
         /// RX queues to serve.
         queues: Vec<u32>,
-        /// UMEM chunk: a power of two that holds headroom and frame.
-        chunk_bytes: u32,
-        /// Chunks of each queue's UMEM.
-        frames: u32,
+        umem: UmemShape,
     },
     /// A packet socket that comes with the set-up, behind the ledger.
     AfPacket {
@@ -87,6 +84,17 @@ pub enum Ingress {
         /// No eBPF filter is on the socket: the worker keeps a classic one.
         classic: bool,
     },
+}
+
+/// The shape of an RX queue's UMEM and RX ring: all are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UmemShape {
+    /// Holds headroom and frame.
+    pub chunk_bytes: u32,
+    /// Chunks.
+    pub frames: u32,
+    /// Places in the RX ring, at most as many as chunks.
+    pub rx_ring: u32,
 }
 
 /// The shape of a packet socket's receive ring.
