@@ -29,6 +29,7 @@ use crate::{
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
         membership::{Membership, Memberships},
+        neighbours::{NeighbourWatch, NextHop, NextHops},
         packet_socket::PacketSocket,
     },
     rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule},
@@ -147,6 +148,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         SourcePort::hold(settings.source_port).with_context(|| source_port_refused(settings.source_port))?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
+    let neighbours = NeighbourWatch::open().context("the neighbours cannot be watched by netlink")?;
 
     let limits = Limits { source_port: source_port.get(), ..limits };
     let layout = Layout {
@@ -179,7 +181,7 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
         source_port = source_port.get(),
         "ready"
     );
-    daemon.serve(listener, links, incoming, ended).await?;
+    daemon.serve(listener, (links, neighbours), incoming, ended).await?;
     leave(namespace, lock);
     Ok(())
 }
@@ -221,7 +223,7 @@ impl Daemon {
     async fn serve(
         &mut self,
         listener: tokio::net::UnixListener,
-        mut links: LinkWatch,
+        (mut links, mut neighbours): (LinkWatch, NeighbourWatch),
         mut incoming: mpsc::UnboundedReceiver<Event>,
         mut ended: mpsc::UnboundedReceiver<End>,
     ) -> anyhow::Result<()> {
@@ -252,6 +254,7 @@ impl Daemon {
                 Some(event) = incoming.recv() => self.take(event).await,
                 Some(end) = ended.recv() => self.bury(end).await,
                 () = links.changed() => self.read_links(&links).await,
+                () = neighbours.changed() => {}
                 _ = second.tick() => {
                     self.end_hung_workers();
                     self.read_packet_statistics();
@@ -260,8 +263,13 @@ impl Daemon {
                     if self.state.awaits_slot() {
                         self.read_links(&links).await;
                     }
+                    self.read_next_hops(&mut neighbours).await;
+                    self.look_for_neighbours(&neighbours).await;
                 }
                 _ = quarter.tick() => {
+                    if neighbours.is_stale() {
+                        self.read_next_hops(&mut neighbours).await;
+                    }
                     if self.queues_changed() {
                         self.read_links(&links).await;
                     }
@@ -325,6 +333,36 @@ impl Daemon {
                 }
             }
             Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
+        }
+    }
+
+    /// Reads where the hosts of outputs are found, if that may have changed.
+    async fn read_next_hops(&mut self, watch: &mut NeighbourWatch) {
+        let hosts = self.state.hosts();
+        let former = self.state.next_hops();
+        let known = hosts.iter().eq(former.keys()) && !former.values().any(NextHop::is_unresolved);
+        if known && (hosts.is_empty() || !watch.is_stale()) {
+            return;
+        }
+        match watch.next_hops(&hosts, former).await {
+            Ok(next_hops) if next_hops != *former => {
+                log_neighbours(former, &next_hops);
+                self.take(Event::NextHops(next_hops)).await;
+            }
+            Ok(_) => {}
+            Err(error) => warn!(%error, "the neighbours cannot be read; trying again within a second"),
+        }
+    }
+
+    /// Has the kernel look for the neighbours whose MAC it does not know, before and while they are sent to.
+    async fn look_for_neighbours(&self, watch: &NeighbourWatch) {
+        for (host, hop) in self.state.next_hops() {
+            if let NextHop::Neighbour(neighbour) = hop
+                && neighbour.mac.is_none()
+                && let Err(error) = watch.look_for(host.interface, neighbour.address).await
+            {
+                debug!(neighbour = %neighbour.address, %error, "cannot be looked for");
+            }
         }
     }
 
@@ -684,6 +722,23 @@ impl Daemon {
             _ => Ok(()),
         };
         told.map_err(|error| self.worker_failed(id, &one_line(&error)))
+    }
+}
+
+/// Says which neighbours answer no more, and which do again.
+fn log_neighbours(before: &NextHops, now: &NextHops) {
+    for (host, hop) in now {
+        let failed = |hop: Option<&NextHop>| matches!(hop, Some(NextHop::Neighbour(found)) if found.failed);
+        let NextHop::Neighbour(neighbour) = hop else { continue };
+        match (failed(before.get(host)), neighbour.failed) {
+            (false, true) => {
+                warn!(host = %host.address, neighbour = %neighbour.address, "neighbour does not answer ARP");
+            }
+            (true, false) => {
+                info!(host = %host.address, neighbour = %neighbour.address, "neighbour answers again")
+            }
+            _ => {}
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use mcr_common::flow::FlowKey4;
 use serde::{Deserialize, Serialize};
 
-use crate::worker::ledger::Layout;
+use crate::worker::ledger::{DropReason, Layout};
 
 /// Longest packet: 256 outputs take less than half of it.
 pub const MAX_PACKET_BYTES: usize = 128 * 1024;
@@ -136,8 +136,8 @@ pub struct CompiledRule {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CompiledOutput {
     pub slot: u32,
-    /// Egress socket and addresses, or none while the output is pending.
-    pub route: Option<Route>,
+    /// Egress socket and addresses, or under which reason its datagrams are dropped meanwhile.
+    pub route: Result<Route, DropReason>,
     pub ttl: Ttl,
     /// The DSCP to send, or the received one.
     pub dscp: Option<u8>,
