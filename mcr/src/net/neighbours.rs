@@ -8,11 +8,12 @@ use std::{
     net::Ipv4Addr,
 };
 
-use futures_util::StreamExt;
+use futures_util::{Stream, StreamExt};
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder,
+    packet_core::NetlinkPayload,
     packet_route::{
-        AddressFamily,
+        AddressFamily, RouteNetlinkMessage,
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteType},
     },
@@ -54,8 +55,11 @@ pub struct Neighbour {
 /// Next hops of hosts.
 pub type NextHops = BTreeMap<Host, NextHop>;
 
+/// An address on a link.
+type Place = (IfIndex, Ipv4Addr);
+
 /// What the kernel has of each neighbour: MAC and state.
-type Table = BTreeMap<(IfIndex, Ipv4Addr), (Option<[u8; 6]>, NeighbourState)>;
+type Table = BTreeMap<Place, (Option<[u8; 6]>, NeighbourState)>;
 
 impl Neighbour {
     /// A neighbour by what the kernel has of it, and by whether it had failed. It goes on to be failed while it
@@ -80,8 +84,13 @@ impl NextHop {
 /// Reads next hops, hears of changes, and has the kernel look for neighbours.
 pub struct NeighbourWatch {
     handle: Handle,
-    neighbours: super::Changes,
+    neighbours: Box<dyn Stream<Item = RouteNetlinkMessage> + Unpin>,
     routes: super::Changes,
+    /// The neighbours that were asked about last: all others may do what they want.
+    watched: BTreeSet<Place>,
+    /// Those of them that have failed since: where much is sent to one the kernel looks for it again at once, so
+    /// that its table hardly ever shows it.
+    failed: BTreeSet<Place>,
     /// Something has changed since it was read.
     stale: bool,
     routes_stale: bool,
@@ -95,18 +104,44 @@ impl NeighbourWatch {
         let groups = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
         let (connection, _, routes) = rtnetlink::new_multicast_connection(&groups)?;
         tokio::spawn(connection);
-        let (neighbours, routes) = (Box::new(neighbours.map(|_| ())), Box::new(routes.map(|_| ())));
-        Ok(Self { handle, neighbours, routes, stale: false, routes_stale: false })
+        let neighbours = neighbours.filter_map(|(message, _)| {
+            std::future::ready(match message.payload {
+                NetlinkPayload::InnerMessage(message) => Some(message),
+                _ => None,
+            })
+        });
+        Ok(Self {
+            handle,
+            neighbours: Box::new(neighbours),
+            routes: Box::new(routes.map(|_| ())),
+            watched: BTreeSet::new(),
+            failed: BTreeSet::new(),
+            stale: false,
+            routes_stale: false,
+        })
     }
 
-    /// Returns when something has changed since it was last called. Where there are many neighbours that is often:
-    /// reading waits for its time.
+    /// Takes note of one change.
     pub async fn changed(&mut self) {
         tokio::select! {
-            () = super::next(&mut self.neighbours) => {}
-            () = super::next(&mut self.routes) => self.routes_stale = true,
+            Some(message) = self.neighbours.next() => self.neighbour_changed(&message),
+            () = super::next(&mut self.routes) => (self.stale, self.routes_stale) = (true, true),
         }
+    }
+
+    fn neighbour_changed(&mut self, message: &RouteNetlinkMessage) {
+        let (RouteNetlinkMessage::NewNeighbour(entry) | RouteNetlinkMessage::DelNeighbour(entry)) = message
+        else {
+            return;
+        };
+        let Some(place) = read_place(entry).filter(|place| self.watched.contains(place)) else { return };
         self.stale = true;
+        if matches!(message, RouteNetlinkMessage::DelNeighbour(_)) {
+            // Somebody flushes the table: before an entry goes the kernel calls it failed.
+            self.failed.remove(&place);
+        } else if entry.header.state == NeighbourState::Failed {
+            self.failed.insert(place);
+        }
     }
 
     /// Whether something has changed since the next hops were read.
@@ -121,6 +156,7 @@ impl NeighbourWatch {
         former: &NextHops,
     ) -> Result<NextHops, rtnetlink::Error> {
         let table = self.table().await?;
+        let mut watched = BTreeSet::new();
         let mut hops = NextHops::new();
         for &host in hosts {
             let known = former.get(&host).copied();
@@ -129,14 +165,18 @@ impl NeighbourWatch {
                 None => self.route(host).await?,
             };
             if let NextHop::Neighbour(Neighbour { address, .. }) = hop {
-                let had_failed = matches!(known,
+                let place = (host.interface, address);
+                let had_failed = self.failed.contains(&place)
+                    || matches!(known,
                     Some(NextHop::Neighbour(known)) if known.failed && known.address == address);
-                let entry = table.get(&(host.interface, address));
+                let entry = table.get(&place);
+                watched.insert(place);
                 hop = NextHop::Neighbour(Neighbour::read(address, entry, had_failed));
             }
             hops.insert(host, hop);
         }
-        (self.stale, self.routes_stale) = (false, false);
+        (self.watched, self.stale, self.routes_stale) = (watched, false, false);
+        self.failed.clear();
         Ok(hops)
     }
 
@@ -178,18 +218,19 @@ impl NeighbourWatch {
         let mut answers = Box::pin(request.execute());
         let mut table = Table::new();
         while let Some(message) = answers.next().await.transpose()? {
-            if let Some(address) = read_address(&message) {
-                let key = (IfIndex(message.header.ifindex), address);
-                table.insert(key, (read_mac(&message), message.header.state));
+            if let Some(place) = read_place(&message) {
+                table.insert(place, (read_mac(&message), message.header.state));
             }
         }
         Ok(table)
     }
 }
 
-fn read_address(message: &NeighbourMessage) -> Option<Ipv4Addr> {
+fn read_place(message: &NeighbourMessage) -> Option<Place> {
     message.attributes.iter().find_map(|attribute| match attribute {
-        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(*address),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
+            Some((IfIndex(message.header.ifindex), *address))
+        }
         _ => None,
     })
 }
