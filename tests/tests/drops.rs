@@ -418,6 +418,38 @@ fn what_goes_to_a_host_that_does_not_answer_is_unreachable() {
     assert_eq!(log.matches("neighbour answers again").count(), 1, "said once:\n{log}");
 }
 
+/// Where much is sent to it the kernel looks for it again as soon as it has given up.
+fn a_host_that_stops_answering_in_mid_stream_is_found_out() {
+    let site = Site::default();
+    let to: SocketAddrV4 = "10.78.0.2:6000".parse().unwrap();
+    let (relay, mut sink) = relaying(&site, &format!("{to}@out0"), &[]);
+    let source = Source::start(site.source(), Stream::to(GROUP));
+    sink.at_least(to, 1_000);
+    // Before the kernel forgets it, it calls it failed.
+    site.relay.ip(&["neigh flush dev out0"]);
+    source.wait_for_more(3_000);
+    assert!(relay.rule("cam1").outputs[0].dropped.is_empty());
+    site.sinks[0].host.ip(&["link set eth0 arp off"]);
+    site.relay.ip(&["neigh flush dev out0"]);
+    wait_until_pending(&relay, "10.78.0.2 does not answer ARP on out0");
+    source.wait_for_more(1_000);
+    let dropped = || relay.rule("cam1").outputs[0].dropped["unreachable"];
+    let before = dropped();
+    source.wait_for_more(1_000);
+    assert!(dropped() > before);
+    site.sinks[0].host.ip(&["link set eth0 arp on"]);
+    relay.wait_until_active("cam1");
+    let before = sink.count(to);
+    sink.at_least(to, before + 1_000);
+    let output = relay.balanced("cam1", source.stop()).outputs.remove(0);
+    let unreachable = output.dropped["unreachable"];
+    assert_eq!(output.dropped, counts([("unreachable", unreachable)]));
+    // What came before it was known the kernel accepted.
+    let arrived = sink.count(to) as u64;
+    println!("{} sent, {arrived} arrived, {unreachable} unreachable", output.sent);
+    assert!(arrived <= output.sent && output.sent + unreachable == output.received, "{arrived}: {output:?}");
+}
+
 fn a_router_that_does_not_answer_is_the_reason_for_what_lies_behind_it() {
     let site = Site::default();
     site.relay.ip(&["route add 10.99.0.0/16 via 10.78.0.9 dev out0"]);
@@ -467,6 +499,7 @@ mod egress {
         what_finds_the_send_buffer_full_is_counted,
         what_a_firewall_of_this_host_forbids_is_filtered,
         what_goes_to_a_host_that_does_not_answer_is_unreachable,
+        a_host_that_stops_answering_in_mid_stream_is_found_out,
         a_router_that_does_not_answer_is_the_reason_for_what_lies_behind_it,
         a_device_that_neither_segments_nor_sums_loses_nothing,
     );
