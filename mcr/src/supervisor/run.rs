@@ -727,16 +727,13 @@ impl Daemon {
 
 /// Says which neighbours answer no more, and which do again.
 fn log_neighbours(before: &NextHops, now: &NextHops) {
-    for (host, hop) in now {
-        let failed = |hop: Option<&NextHop>| matches!(hop, Some(NextHop::Neighbour(found)) if found.failed);
+    let failed = |hop: Option<&NextHop>| matches!(hop, Some(NextHop::Neighbour(found)) if found.failed);
+    for (key, hop) in now {
         let NextHop::Neighbour(neighbour) = hop else { continue };
-        match (failed(before.get(host)), neighbour.failed) {
-            (false, true) => {
-                warn!(host = %host.address, neighbour = %neighbour.address, "neighbour does not answer ARP");
-            }
-            (true, false) => {
-                info!(host = %host.address, neighbour = %neighbour.address, "neighbour answers again")
-            }
+        let (host, address) = (key.address, neighbour.address);
+        match (failed(before.get(key)), neighbour.failed) {
+            (false, true) => warn!(%host, neighbour = %address, "neighbour does not answer ARP"),
+            (true, false) => info!(%host, neighbour = %address, "neighbour answers again"),
             _ => {}
         }
     }
