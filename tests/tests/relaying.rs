@@ -2,9 +2,8 @@
 
 use std::{collections::BTreeSet, net::SocketAddrV4};
 
-use mcr::api::wire::{Outcome, OutputStats, RuleOutcome};
 use tests::{
-    Capture, Captured, Generator, Ground, RawSender, Receiver, Relay, Site, Source, Udp,
+    Capture, Captured, Generator, RawSender, Receiver, Relay, Site, Source, Udp,
     capture::{assert_sequence, sha256},
     frame::multicast_mac,
     site::ETH,
