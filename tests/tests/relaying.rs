@@ -2,9 +2,8 @@
 
 use std::{collections::BTreeSet, net::SocketAddrV4};
 
-use mcr::api::wire::{Outcome, OutputStats, RuleOutcome};
 use tests::{
-    Capture, Captured, Generator, Ground, RawSender, Receiver, Relay, Site, Source, Udp,
+    Capture, Captured, Generator, RawSender, Receiver, Relay, Site, Source, Udp,
     capture::{assert_sequence, sha256},
     frame::multicast_mac,
     site::ETH,
@@ -162,28 +161,6 @@ fn outputs_that_differ_in_port_or_interface_only_are_two() {
     assert_eq!(seen.iter().map(|datagram| datagram.ttl).collect::<Vec<_>>(), [16, 3, 4, 16]);
 }
 
-/// The only output of a rule that has got `n` datagrams of another sender's making.
-fn fed(output: &str, frame: &Udp, n: u64) -> (OutputStats, Vec<Captured>) {
-    let site = Site::default();
-    let relay = Relay::start(&site);
-    relay.add("cam1", INPUT, &[output]);
-    site.segments[0].wait_until_joined(*group().ip());
-    let mut sink = site.capture(0);
-    let frames = (0..n).map(|_| frame.frame());
-    assert_eq!(RawSender::new(site.source(), ETH).play(frames, 5_000), n);
-    let stats = relay.balanced("cam1", n);
-    (stats.outputs[0].clone(), sink.to(at("239.2.2.2:6000")))
-}
-
-fn a_ttl_that_is_used_up_is_a_drop_with_a_reason() {
-    let frame = Udp::new(at("10.77.0.2:40000"), group()).ttl(1).payload(b"last hop");
-    let (output, seen) = fed("239.2.2.2:6000@out0,ttl=dec", &frame, 100);
-    assert_eq!((output.received, output.sent, seen.len()), (100, 0, 0));
-    assert_eq!(output.dropped.values().copied().collect::<Vec<_>>(), [100]);
-    let (output, seen) = fed("239.2.2.2:6000@out0,ttl=copy", &frame, 100);
-    assert_eq!((output.sent, seen.len(), seen[0].ttl), (100, 100, 1));
-}
-
 fn payloads_of_every_size_arrive_whole() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -201,56 +178,6 @@ fn payloads_of_every_size_arrive_whole() {
     let seen = sink.exactly(at("239.2.2.2:6000"), payloads.len());
     assert!(seen.iter().all(|datagram| datagram.checksum_holds));
     assert_eq!(seen.into_iter().map(|datagram| datagram.payload).collect::<Vec<_>>(), payloads);
-}
-
-fn what_exceeds_the_egress_mtu_is_dropped_as_too_big() {
-    let site = Site::default();
-    site.relay.ip(&["link set out0 mtu 1000"]);
-    let relay = Relay::start(&site);
-    let add = [
-        "rule",
-        "add",
-        "cam1",
-        "--in",
-        INPUT,
-        "--out",
-        "239.2.2.2:6000@out0",
-        "--out",
-        "239.2.2.3:6000@out1",
-    ];
-    let outcome: RuleOutcome = relay.json(&add);
-    assert_eq!(outcome.outcome, Outcome::Added);
-    assert!(outcome.warnings.iter().any(|warning| warning.contains("out0")), "{:?}", outcome.warnings);
-    relay.wait_until_active("cam1");
-    site.segments[0].wait_until_joined(*group().ip());
-    let (mut sink0, mut sink1) = (site.capture(0), site.capture(1));
-    // 1,000 bytes of MTU take 972 of payload.
-    let udp = Udp::new(at("10.77.0.2:40000"), group());
-    let frames = [972usize, 973, 1316, 100].map(|len| udp.clone().payload(&vec![7; len]).frame());
-    RawSender::new(site.source(), ETH).play(frames, 1_000);
-    let stats = relay.balanced("cam1", 4);
-    assert_eq!((stats.outputs[0].sent, stats.outputs[1].sent), (2, 4));
-    assert_eq!(stats.outputs[0].dropped, [("too_big".to_owned(), 2)].into());
-    let lengths = |datagrams: Vec<Captured>| datagrams.iter().map(|d| d.payload.len()).collect::<Vec<_>>();
-    assert_eq!(lengths(sink0.exactly(at("239.2.2.2:6000"), 2)), [972, 100]);
-    assert_eq!(lengths(sink1.exactly(at("239.2.2.3:6000"), 4)), [972, 973, 1316, 100]);
-}
-
-fn fragments_are_not_relayed_but_counted() {
-    let site = Site::default();
-    let relay = Relay::start(&site);
-    relay.add("cam1", INPUT, &["239.2.2.2:6000@out0"]);
-    site.segments[0].wait_until_joined(*group().ip());
-    let mut sink = site.capture(0);
-    // 3,000 bytes leave the source as three fragments.
-    Source::play(site.source(), Stream { count: 20, size: 3_000, rate: 500, ..Stream::to(group()) });
-    Source::play(site.source(), Stream { count: 20, ..Stream::to(group()) });
-    // A macvlan reassembles before anybody sees a frame; what then is too big for the output is dropped there.
-    let (fragments, whole) = if site.ground == Ground::Macvlan { (0, 20) } else { (60, 0) };
-    let output = relay.balanced("cam1", 20 + whole).outputs[0].clone();
-    assert_eq!((output.sent, output.dropped.get("too_big").copied().unwrap_or(0)), (20, whole));
-    assert_eq!(relay.interface("in0").verdicts["fragment"], fragments);
-    assert_sequence(&sink.exactly(at("239.2.2.2:6000"), 20), 0..20);
 }
 
 fn outputs_come_and_go_while_the_others_lose_nothing() {
@@ -291,10 +218,7 @@ tests::on_every_ground!(
     an_output_has_the_ttl_and_dscp_of_its_options,
     an_output_has_the_source_of_its_options,
     outputs_that_differ_in_port_or_interface_only_are_two,
-    a_ttl_that_is_used_up_is_a_drop_with_a_reason,
     payloads_of_every_size_arrive_whole,
-    what_exceeds_the_egress_mtu_is_dropped_as_too_big,
-    fragments_are_not_relayed_but_counted,
     outputs_come_and_go_while_the_others_lose_nothing,
 );
 
@@ -314,9 +238,6 @@ tests::as_ordinary_user!(
     an_output_has_the_ttl_and_dscp_of_its_options,
     an_output_has_the_source_of_its_options,
     outputs_that_differ_in_port_or_interface_only_are_two,
-    a_ttl_that_is_used_up_is_a_drop_with_a_reason,
     payloads_of_every_size_arrive_whole,
-    what_exceeds_the_egress_mtu_is_dropped_as_too_big,
-    fragments_are_not_relayed_but_counted,
     outputs_come_and_go_while_the_others_lose_nothing,
 );

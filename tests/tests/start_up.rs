@@ -7,6 +7,7 @@ use std::{
 };
 
 use mcr_common::abi;
+use nix::sys::signal::Signal;
 use tests::{
     Process, Relay, Site, Source,
     bpf::{self, ForeignXdp},
@@ -74,6 +75,19 @@ fn frames_that_do_not_fit_are_refused_with_the_sum() {
     without_capabilities(&mut command, &[CAP_IPC_LOCK]);
     let sum = "1 RX queues x 8192 frames x 2048 bytes = 16.0 MiB";
     check(&site, &mut command, &[sum, "the limit is 4.0 MiB", "CAP_IPC_LOCK", "LimitMEMLOCK"]);
+    // Fewer frames fit.
+    let mut command = tight("af-xdp", "1");
+    with_limit(command.args(["--frames", "2048"]), libc::RLIMIT_MEMLOCK, 4 << 20);
+    without_capabilities(&mut command, &[CAP_IPC_LOCK]);
+    let mut relay = Relay::spawn(&site, &mut command);
+    relay.signal(Signal::SIGTERM);
+    assert!(relay.wait(CALL).success());
+    let mut command = tight("af-xdp", "1");
+    check(
+        &site,
+        command.args(["--frames", "2048", "--rx-ring", "4096"]),
+        &["--rx-ring 4096", "--frames 2048"],
+    );
     let mut command = tight("af-packet", "4");
     with_limit(&mut command, libc::RLIMIT_NOFILE, 200);
     check(&site, &mut command, &["= 297, and the limit is 200", "LimitNOFILE"]);

@@ -43,10 +43,12 @@ const BUILD: &[Need] = &[
     need("pkg-config", Probe::Program("pkg-config")),
 ];
 
-/// What the tests and the demo call: ip, bridge, bpftool, sysctl.
+/// What the tests and the demo call: ip, tc, bridge, bpftool, ethtool, nft, sysctl.
 const TEST: &[Need] = &[
     need("iproute2", Probe::Program("ip")),
     need("bpftool", Probe::Program("bpftool")),
+    need("ethtool", Probe::Program("ethtool")),
+    need("nftables", Probe::Program("nft")),
     need("procps", Probe::Program("sysctl")),
 ];
 

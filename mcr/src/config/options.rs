@@ -8,6 +8,7 @@ use mcr_common::abi::DEFAULT_MAX_RULES;
 use toml::de::DeValue;
 
 use crate::{
+    datapath::af_xdp,
     rule::DatapathChoice,
     supervisor::settings::{DEFAULT_CONTROL, DEFAULT_PIN_ROOT, LogFormat, LogLevel, Settings},
     sys::cpu_list::parse_cpus,
@@ -31,6 +32,13 @@ pub struct Options {
     /// [default: 25 where frames usually come within that time, otherwise 0]
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     busy_poll: Option<u32>,
+    /// Frames that an RX queue's UMEM holds (AF_XDP), a power of two from 256 to 65536: how long a stall of its worker
+    /// is bridged, for 2 or 4 KiB of memory each [default: 8192]
+    #[arg(long, value_name = "N", value_parser = parse_frames)]
+    frames: Option<u32>,
+    /// Places in an RX queue's RX ring (AF_XDP), a power of two, at most as many as frames [default: as many]
+    #[arg(long, value_name = "N", value_parser = parse_rx_ring)]
+    rx_ring: Option<u32>,
     /// The control socket to listen on [default: /run/mcr/mcr.sock]
     #[arg(long, value_name = "PATH", env = "MCR_CONTROL")]
     control: Option<PathBuf>,
@@ -70,6 +78,8 @@ impl Options {
             workers: self.workers.or(those.workers),
             cpus: self.cpus.or(those.cpus),
             busy_poll: self.busy_poll.or(those.busy_poll),
+            frames: self.frames.or(those.frames),
+            rx_ring: self.rx_ring.or(those.rx_ring),
             control: self.control.or(those.control),
             group: self.group.or(those.group),
             user: self.user.or(those.user),
@@ -91,6 +101,8 @@ impl From<Options> for Settings {
             workers: options.workers,
             cpus: options.cpus.map(|CpuList(cpus)| cpus),
             busy_poll_us: options.busy_poll,
+            frames: options.frames.unwrap_or(af_xdp::FRAMES),
+            rx_ring: options.rx_ring,
             control: options.control.unwrap_or_else(|| DEFAULT_CONTROL.into()),
             group: options.group,
             user: options.user,
@@ -112,6 +124,20 @@ struct CpuList(Vec<u32>);
 fn parse_workers(text: &str) -> Result<NonZeroU32, String> {
     let workers = text.parse().ok().filter(|workers: &NonZeroU32| workers.get() <= 256);
     workers.ok_or_else(|| "write a number from 1 to 256".to_owned())
+}
+
+fn parse_frames(text: &str) -> Result<u32, String> {
+    parse_power_of_two(text, 256)
+}
+
+fn parse_rx_ring(text: &str) -> Result<u32, String> {
+    parse_power_of_two(text, 2)
+}
+
+/// Rings have as many places as a power of two.
+fn parse_power_of_two(text: &str, least: u32) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|n: &u32| n.is_power_of_two() && (least..=65536).contains(n));
+    number.ok_or_else(|| format!("write a power of two from {least} to 65536"))
 }
 
 fn parse_list(text: &str) -> Result<CpuList, String> {

@@ -12,7 +12,7 @@ fn settings(line: &str) -> Result<Settings, clap::Error> {
 #[test]
 fn arguments_become_settings() {
     let given = settings(
-        "--datapath af-xdp --generic-xdp --busy-poll 50 --workers 2 --cpus 6,0-3 --control /tmp/s --group ops --user mcr --pin-root /tmp/bpf --source-port 7000 \
+        "--datapath af-xdp --generic-xdp --busy-poll 50 --frames 1024 --rx-ring 512 --workers 2 --cpus 6,0-3 --control /tmp/s --group ops --user mcr --pin-root /tmp/bpf --source-port 7000 \
          --max-rules 10 --bpf-object a.o --log-format json --log-level debug",
     );
     let expected = Settings {
@@ -21,6 +21,8 @@ fn arguments_become_settings() {
         workers: NonZeroU32::new(2),
         cpus: Some(vec![0, 1, 2, 3, 6]),
         busy_poll_us: Some(50),
+        frames: 1024,
+        rx_ring: Some(512),
         control: "/tmp/s".into(),
         group: Some("ops".to_owned()),
         user: Some("mcr".to_owned()),
@@ -38,6 +40,7 @@ fn arguments_become_settings() {
 fn nothing_given_is_the_defaults() {
     let given = settings("--control /tmp/s").unwrap();
     assert_eq!((given.datapath, given.workers, given.cpus), (DatapathChoice(None), None, None));
+    assert_eq!((given.frames, given.rx_ring), (8192, None));
     assert_eq!((given.max_rules, given.pin_root), (4096, DEFAULT_PIN_ROOT.into()));
     assert_eq!((given.log_format, given.log_level), (LogFormat::Text, LogLevel::Info));
 }
@@ -49,6 +52,10 @@ fn bad_arguments_are_refused() {
         "--workers 0",
         "--workers 257",
         "--busy-poll 1000001",
+        "--frames 128",
+        "--frames 1000",
+        "--frames 131072",
+        "--rx-ring 3",
         "--cpus 3-1",
         "--cpus 0,,1",
         "--cpus 1024",

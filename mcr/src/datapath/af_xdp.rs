@@ -9,8 +9,9 @@ use crate::worker::ingress::af_xdp::XDP_HEADROOM;
 pub const HOST_SEES: &str = "on ingress the host's own sockets, firewall and tcpdump do not see the rule's \
                              datagrams, on egress they do";
 
-/// Chunks of a queue's UMEM, and places in its RX ring: what comes while a worker is kept from its CPU waits
-/// there, 16 ms of it at 500,000 a second. Where all are taken the kernel counts an empty fill ring.
+/// Chunks of a queue's UMEM unless it is said otherwise, and places in its RX ring: what comes while a worker is
+/// kept from its CPU waits there, 16 ms of it at 500,000 a second. Where all chunks are taken the kernel counts an
+/// empty fill ring; where there are fewer places than chunks, a full RX ring.
 pub const FRAMES: u32 = 8192;
 
 /// Ethernet header and one VLAN tag.

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::{datapath::af_xdp, worker::protocol::PacketRing};
+use crate::worker::protocol::PacketRing;
 
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -41,12 +41,12 @@ pub struct Demand {
 pub enum Shortfall {
     #[error(
         "the UMEMs do not fit into the locked memory: {sum} = {:.1} MiB, with {:.1} MiB already locked, and the limit \
-         is {:.1} MiB: give CAP_IPC_LOCK, or raise RLIMIT_MEMLOCK (LimitMEMLOCK=)", mib(*.bytes), mib(*.held), mib(*.limit)
+         is {:.1} MiB: give CAP_IPC_LOCK, raise RLIMIT_MEMLOCK (LimitMEMLOCK=), or use fewer --frames", mib(*.bytes), mib(*.held), mib(*.limit)
     )]
     Locked { sum: String, bytes: u64, held: u64, limit: u64 },
     #[error(
         "the frames do not fit into the memory: {sum} = {:.1} MiB, with {:.1} MiB already taken, and {:.1} MiB were \
-         free at start: use fewer --workers or queues", mib(*.bytes), mib(*.held), mib(*.limit)
+         free at start: use fewer --workers, queues or --frames", mib(*.bytes), mib(*.held), mib(*.limit)
     )]
     Memory { sum: String, bytes: u64, held: u64, limit: u64 },
     #[error(
@@ -64,10 +64,10 @@ fn mib(bytes: u64) -> f64 {
 }
 
 /// The UMEMs of an interface.
-pub fn umems(queues: u32, chunk_bytes: u32) -> Demand {
+pub fn umems(queues: u32, frames: u32, chunk_bytes: u32) -> Demand {
     Demand {
-        bytes: u64::from(queues) * u64::from(af_xdp::FRAMES) * u64::from(chunk_bytes),
-        sum: format!("{queues} RX queues x {} frames x {chunk_bytes} bytes", af_xdp::FRAMES),
+        bytes: u64::from(queues) * u64::from(frames) * u64::from(chunk_bytes),
+        sum: format!("{queues} RX queues x {frames} frames x {chunk_bytes} bytes"),
         locked: true,
     }
 }
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn says_what_does_not_fit_with_its_sum() {
         let limits = |locked_bytes, memory_bytes| HostLimits { locked_bytes, memory_bytes, descriptors: 400 };
-        let two_queues = umems(2, 2048);
+        let two_queues = umems(2, 8192, 2048);
         assert_eq!(two_queues.bytes, 32 << 20);
         assert_eq!(limits(None, GIB).check(&two_queues, 0, 0), Ok(()));
         assert_eq!(limits(Some(32 << 20), GIB).check(&two_queues, 0, 0), Ok(()));

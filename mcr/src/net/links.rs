@@ -33,6 +33,8 @@ pub struct Link {
     pub addresses: Vec<Ipv4Addr>,
     /// Its frames have an Ethernet header.
     pub ethernet: bool,
+    /// Its neighbours are looked for by ARP.
+    pub arp: bool,
     /// What kind of device: `veth`, `bridge` ..., or the driver's name.
     pub kind: String,
     /// RX queues in use.
@@ -49,7 +51,7 @@ pub type Links = BTreeMap<InterfaceName, Link>;
 /// Reads the interfaces, and hears of their changes.
 pub struct LinkWatch {
     handle: Handle,
-    changes: Box<dyn futures_util::Stream<Item = ()> + Unpin>,
+    changes: super::Changes,
 }
 
 impl LinkWatch {
@@ -63,12 +65,7 @@ impl LinkWatch {
 
     /// Returns when something has changed since it was last called.
     pub async fn changed(&mut self) {
-        if self.changes.next().await.is_none() {
-            // The connection is gone, which only the end of the runtime does.
-            std::future::pending::<()>().await;
-        }
-        // One change comes as several messages.
-        while let Some(Some(())) = futures_util::FutureExt::now_or_never(self.changes.next()) {}
+        super::next(&mut self.changes).await;
     }
 
     /// All interfaces as they are now.
@@ -147,6 +144,7 @@ fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
         up: flags.contains(LinkFlags::Up) && flags.contains(LinkFlags::LowerUp),
         mtu: 0,
         ethernet: matches!(message.header.link_layer_type, LinkLayerType::Ether | LinkLayerType::Loopback),
+        arp: !flags.intersects(LinkFlags::Noarp | LinkFlags::Loopback | LinkFlags::Pointopoint),
         addresses: Vec::new(),
         kind: String::new(),
         rx_queues: 1,

@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use mcr_common::flow::{FlowKey4, FlowValue};
 
 use crate::{
-    net::{egress_socket::EgressKey, links::Links, membership::Membership},
+    net::{egress_socket::EgressKey, links::Links, membership::Membership, neighbours::NextHops},
     rule::{Datapath, IfIndex, InterfaceName, RuleSlot},
     worker::protocol::{CompiledRule, PacketRing},
 };
@@ -64,6 +64,8 @@ pub struct Fanout {
 pub enum Event {
     /// The interfaces are these now.
     Links(Links),
+    /// The hosts of outputs are found there now.
+    NextHops(NextHops),
     /// A worker process has ended.
     WorkerExited { id: WorkerId, why: String, lived: Duration },
     /// The pause after a worker's end is over.

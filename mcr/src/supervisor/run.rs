@@ -30,6 +30,7 @@ use crate::{
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
         membership::{Membership, Memberships},
+        neighbours::{NeighbourWatch, NextHop, NextHops},
         packet_socket::PacketSocket,
     },
     rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule},
@@ -52,7 +53,7 @@ use crate::{
     },
     worker::{
         ledger::Layout,
-        protocol::{Ingress, PacketRing, Setup},
+        protocol::{Ingress, PacketRing, Setup, UmemShape},
     },
 };
 
@@ -104,6 +105,10 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
     let object = Object::open(settings.bpf_object.as_deref())?;
     host::check_io_uring()?;
     datapath::check_built(settings.datapath)?;
+    if let Some(rx_ring) = settings.rx_ring.filter(|places| *places > settings.frames) {
+        let frames = settings.frames;
+        anyhow::bail!("--rx-ring {rx_ring} has more places than there are frames: at most --frames {frames}");
+    }
     let no_bpf = host::check_bpf(&object).err().map(|error| format!("{error:#}"));
     let named = settings.datapath.0;
     match &no_bpf {
@@ -124,6 +129,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         cpus,
         cpus_chosen: settings.cpus.is_some(),
         source_port: 0,
+        frames: settings.frames,
         max_run: host::max_run(),
         host: host::limits(),
         no_bpf,
@@ -151,6 +157,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
     let source_port = hold_source_port(settings.source_port, memory.source_port)?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
+    let neighbours = NeighbourWatch::open().context("the neighbours cannot be watched by netlink")?;
 
     let limits = Limits { source_port: source_port.get(), ..limits };
     let layout = Layout {
@@ -190,7 +197,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         source_port = source_port.get(),
         "ready"
     );
-    daemon.serve(listener, links, incoming, ended).await?;
+    daemon.serve(listener, (links, neighbours), incoming, ended).await?;
     leave(namespace, lock);
     Ok(())
 }
@@ -202,7 +209,7 @@ fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<(
     limits.host.check_descriptors(workers, limits.max_rules)?;
     let packet = limits.host.check(&budget::rings(workers, af_packet::ring(ETHERNET_MTU)), 0, 0);
     let xdp = af_xdp::chunk_bytes(ETHERNET_MTU)
-        .map(|chunk| limits.host.check(&budget::umems(workers, chunk), 0, 0))?;
+        .map(|chunk| limits.host.check(&budget::umems(workers, limits.frames, chunk), 0, 0))?;
     // What `auto` cannot have of one datapath it may have of the other, and says so where it matters.
     if datapath == Some(Datapath::AfXdp) {
         xdp?;
@@ -243,7 +250,7 @@ impl Daemon {
     async fn serve(
         &mut self,
         listener: tokio::net::UnixListener,
-        mut links: LinkWatch,
+        (mut links, mut neighbours): (LinkWatch, NeighbourWatch),
         mut incoming: mpsc::UnboundedReceiver<Event>,
         mut ended: mpsc::UnboundedReceiver<End>,
     ) -> anyhow::Result<()> {
@@ -281,6 +288,7 @@ impl Daemon {
                 Some(event) = incoming.recv() => self.take(event).await,
                 Some(end) = ended.recv() => self.bury(end).await,
                 () = links.changed() => self.read_links(&links).await,
+                () = neighbours.changed() => {}
                 _ = second.tick() => {
                     self.end_hung_workers();
                     self.read_packet_statistics();
@@ -289,8 +297,13 @@ impl Daemon {
                     if self.state.awaits_slot() {
                         self.read_links(&links).await;
                     }
+                    self.read_next_hops(&mut neighbours).await;
+                    self.look_for_neighbours(&neighbours).await;
                 }
                 _ = quarter.tick() => {
+                    if neighbours.is_stale() {
+                        self.read_next_hops(&mut neighbours).await;
+                    }
                     if self.queues_changed() {
                         self.read_links(&links).await;
                     }
@@ -354,6 +367,36 @@ impl Daemon {
                 }
             }
             Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
+        }
+    }
+
+    /// Reads where the hosts of outputs are found, if that may have changed.
+    async fn read_next_hops(&mut self, watch: &mut NeighbourWatch) {
+        let hosts = self.state.hosts();
+        let former = self.state.next_hops();
+        let known = hosts.iter().eq(former.keys()) && !former.values().any(NextHop::is_unresolved);
+        if known && (hosts.is_empty() || !watch.is_stale()) {
+            return;
+        }
+        match watch.next_hops(&hosts, former).await {
+            Ok(next_hops) if next_hops != *former => {
+                log_neighbours(former, &next_hops);
+                self.take(Event::NextHops(next_hops)).await;
+            }
+            Ok(_) => {}
+            Err(error) => warn!(%error, "the neighbours cannot be read; trying again within a second"),
+        }
+    }
+
+    /// Has the kernel look for the neighbours whose MAC it does not know, before and while they are sent to.
+    async fn look_for_neighbours(&self, watch: &NeighbourWatch) {
+        for (host, hop) in self.state.next_hops() {
+            if let NextHop::Neighbour(neighbour) = hop
+                && neighbour.mac.is_none()
+                && let Err(error) = watch.look_for(host.interface, neighbour.address).await
+            {
+                debug!(neighbour = %neighbour.address, %error, "cannot be looked for");
+            }
         }
     }
 
@@ -628,8 +671,11 @@ impl Daemon {
             FrameSource::AfXdp { queues, chunk_bytes } => Ingress::AfXdp {
                 interface: id.interface.as_str().to_owned(),
                 queues: queues.clone(),
-                chunk_bytes: *chunk_bytes,
-                frames: af_xdp::FRAMES,
+                umem: UmemShape {
+                    chunk_bytes: *chunk_bytes,
+                    frames: self.settings.frames,
+                    rx_ring: self.settings.rx_ring.unwrap_or(self.settings.frames),
+                },
             },
             FrameSource::AfPacket => {
                 let PacketIngress { socket, ring, base } =
@@ -710,6 +756,20 @@ impl Daemon {
             _ => Ok(()),
         };
         told.map_err(|error| self.worker_failed(id, &one_line(&error)))
+    }
+}
+
+/// Says which neighbours answer no more, and which do again.
+fn log_neighbours(before: &NextHops, now: &NextHops) {
+    let failed = |hop: Option<&NextHop>| matches!(hop, Some(NextHop::Neighbour(found)) if found.failed);
+    for (key, hop) in now {
+        let NextHop::Neighbour(neighbour) = hop else { continue };
+        let (host, address) = (key.address, neighbour.address);
+        match (failed(before.get(key)), neighbour.failed) {
+            (false, true) => warn!(%host, neighbour = %address, "neighbour does not answer ARP"),
+            (true, false) => info!(%host, neighbour = %address, "neighbour answers again"),
+            _ => {}
+        }
     }
 }
 

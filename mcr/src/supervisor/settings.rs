@@ -26,6 +26,10 @@ pub struct Settings {
     /// How long an idle worker looks for frames before it sleeps, in microseconds; if none, that depends on
     /// what comes.
     pub busy_poll_us: Option<u32>,
+    /// Chunks of each RX queue's UMEM: a power of two.
+    pub frames: u32,
+    /// Places in each RX ring: a power of two, as many as chunks if none.
+    pub rx_ring: Option<u32>,
     pub control: PathBuf,
     /// Whose the control socket is beside the daemon's user.
     pub group: Option<String>,
@@ -43,7 +47,7 @@ pub struct Settings {
 
 impl Settings {
     /// Each setting by its key in `[daemon]`, with its value as TOML unless it is left to the daemon.
-    pub fn named(&self) -> [(&'static str, Option<String>); 14] {
+    pub fn named(&self) -> [(&'static str, Option<String>); 16] {
         let text = |text: &dyn fmt::Display| Some(Value::String(text.to_string()).to_string());
         let cpus = self.cpus.as_ref().map(|cpus| ranges(cpus));
         let format = self.log_format.to_possible_value().map(|value| value.get_name().to_owned());
@@ -53,6 +57,8 @@ impl Settings {
             ("workers", self.workers.map(|workers| workers.to_string())),
             ("cpus", cpus.and_then(|cpus| text(&cpus))),
             ("busy_poll", self.busy_poll_us.map(|us| us.to_string())),
+            ("frames", Some(self.frames.to_string())),
+            ("rx_ring", self.rx_ring.map(|places| places.to_string())),
             ("control", text(&self.control.display())),
             ("group", self.group.as_ref().and_then(|group| text(group))),
             ("user", self.user.as_ref().and_then(|user| text(user))),

@@ -22,13 +22,17 @@ use crate::{
         egress_socket::EgressKey,
         links::{Link, Links},
         membership::Membership,
+        neighbours::{Host, Neighbour, NextHop, NextHops},
     },
     rule::{
         Datapath, DatapathChoice, Dscp, IfIndex, InterfaceName, Origin, Output, Rule, RuleName, RuleSlot, Ttl,
     },
     ruleset::{self, Amendment, Change, Entry, Refusal, RuleSet},
     supervisor::event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
-    worker::protocol::{self, CompiledOutput, CompiledRule, Route},
+    worker::{
+        ledger::DropReason,
+        protocol::{self, CompiledOutput, CompiledRule, Route},
+    },
 };
 
 /// The pause before a worker's first restart; it doubles with each that follows too soon.
@@ -52,6 +56,8 @@ pub struct Limits {
     /// The operator chose them: they are used whichever device is near.
     pub cpus_chosen: bool,
     pub source_port: u16,
+    /// Chunks of each RX queue's UMEM.
+    pub frames: u32,
     /// Datagrams that this kernel takes in one `UDP_SEGMENT` send.
     pub max_run: u16,
     pub host: HostLimits,
@@ -140,6 +146,12 @@ impl EgressIds {
     }
 }
 
+/// Why an output sends nothing now, and under which reason its datagrams are dropped.
+struct Withheld {
+    why: String,
+    reason: DropReason,
+}
+
 /// What is wrong with an output now, if anything.
 pub type Pending = Option<String>;
 
@@ -148,6 +160,7 @@ pub struct State {
     limits: Limits,
     rules: RuleSet,
     links: Links,
+    next_hops: NextHops,
     actual: Actual,
     /// Interfaces on which something failed, and why; cleared when they change.
     interface_failures: BTreeMap<InterfaceName, String>,
@@ -169,6 +182,7 @@ impl State {
             rules: RuleSet::new(limits.max_rules),
             limits,
             links: Links::new(),
+            next_hops: NextHops::new(),
             actual: Actual::default(),
             interface_failures: BTreeMap::new(),
             fanout_failures: BTreeMap::new(),
@@ -189,6 +203,10 @@ impl State {
 
     pub fn links(&self) -> &Links {
         &self.links
+    }
+
+    pub fn next_hops(&self) -> &NextHops {
+        &self.next_hops
     }
 
     pub fn workers(&self) -> &BTreeMap<WorkerId, Running> {
@@ -230,7 +248,7 @@ impl State {
             Ok(chunk_bytes) => chunk_bytes,
             Err(error) => return Some(format!("{interface}: {error}")),
         };
-        let demand = budget::umems(link.rx_queues, chunk_bytes);
+        let demand = budget::umems(link.rx_queues, self.limits.frames, chunk_bytes);
         let shortfall = self.check_budget(interface, Datapath::AfXdp, &demand).err();
         shortfall.map(|shortfall| format!("{interface}: {shortfall}"))
     }
@@ -269,7 +287,8 @@ impl State {
             match running.spec.as_ref().map(|spec| &spec.source) {
                 _ if id.interface == *interface && id.datapath == datapath => {}
                 Some(FrameSource::AfXdp { queues, chunk_bytes }) => {
-                    locked += budget::umems(queues.len() as u32, *chunk_bytes).bytes;
+                    let queues = queues.len() as u32;
+                    locked += budget::umems(queues, self.limits.frames, *chunk_bytes).bytes;
                 }
                 _ => {}
             }
@@ -359,6 +378,7 @@ impl State {
     pub fn apply(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Links(links) => self.links_changed(links),
+            Event::NextHops(next_hops) => self.next_hops = next_hops,
             Event::WorkerExited { id, why, lived } => return self.worker_exited(id, why, lived),
             Event::RestartDue { id } => {
                 if let Some(mishaps) = self.mishaps.get_mut(&id) {
@@ -823,7 +843,7 @@ impl State {
         };
         let outputs =
             running.rules.iter().filter(|(slot, _)| moving(slot)).flat_map(|(_, rule)| &rule.outputs);
-        let kept: BTreeSet<_> = outputs.filter_map(|output| Some(output.route?.socket)).collect();
+        let kept: BTreeSet<_> = outputs.filter_map(|output| Some(output.route.ok()?.socket)).collect();
         let unneeded =
             running.egress.iter().filter(|socket| !needed.contains_key(socket) && !kept.contains(socket));
         effects.extend(unneeded.map(|&socket| Effect::CloseEgress { id: id.clone(), socket }));
@@ -838,7 +858,7 @@ impl State {
     ) -> CompiledRule {
         let mut outputs = Vec::with_capacity(entry.rule.outputs.len());
         for (output, slot) in entry.outputs() {
-            let route = self.route(output).ok().map(|(mut route, key)| {
+            let route = self.route(output).map_err(|withheld| withheld.reason).map(|(mut route, key)| {
                 route.socket = egress_ids.of(&key);
                 needed.insert(route.socket, key);
                 route
@@ -863,7 +883,36 @@ impl State {
     }
 
     /// Where an output's datagrams leave, and through which kind of socket, or what it waits for.
-    fn route(&self, output: &Output) -> Result<(Route, EgressKey), String> {
+    fn route(&self, output: &Output) -> Result<(Route, EgressKey), Withheld> {
+        let (route, key) = self.way(output).map_err(|why| Withheld { why, reason: DropReason::Pending })?;
+        let why = match self.host(&route, &key).and_then(|host| self.next_hops.get(&host)) {
+            Some(NextHop::NoRoute) => format!("no route to {} by {}", route.destination, key.interface),
+            Some(NextHop::Neighbour(Neighbour { address, failed: true, .. })) => {
+                format!("{address} does not answer ARP on {}", key.interface)
+            }
+            _ => return Ok((route, key)),
+        };
+        Err(Withheld { why, reason: DropReason::Unreachable })
+    }
+
+    /// The host that a route leads to, if neighbours are looked for there.
+    fn host(&self, route: &Route, key: &EgressKey) -> Option<Host> {
+        let arp = key.unicast && self.links.get(&key.interface).is_some_and(|link| link.arp);
+        let Route { source, destination: address, .. } = *route;
+        arp.then_some(Host { interface: key.index, source, address })
+    }
+
+    /// The hosts that outputs send to from what there is of this host: where they are found is to be looked up.
+    pub fn hosts(&self) -> BTreeSet<Host> {
+        let outputs = self.rules.iter().flat_map(|entry| &entry.rule.outputs);
+        let unicast = outputs.filter(|output| !output.destination.is_multicast());
+        unicast
+            .filter_map(|output| self.way(output).ok().and_then(|(route, key)| self.host(&route, &key)))
+            .collect()
+    }
+
+    /// The way out of this host, wherever it leads.
+    fn way(&self, output: &Output) -> Result<(Route, EgressKey), String> {
         let interface = &output.interface;
         let link =
             self.links.get(interface).ok_or_else(|| format!("interface {interface} does not exist"))?;
@@ -1096,7 +1145,7 @@ impl State {
 
     /// What an output waits for, if it waits.
     pub fn output_pending(&self, output: &Output) -> Pending {
-        self.route(output).err()
+        self.route(output).err().map(|withheld| withheld.why)
     }
 }
 

@@ -29,6 +29,7 @@ fn limits(max_rules: u32, workers: Option<u32>, cpus: &[u32]) -> Limits {
         cpus,
         cpus_chosen: false,
         source_port: 4000,
+        frames: 8192,
         max_run: 64,
         host,
         no_bpf: None,
@@ -42,6 +43,7 @@ fn link(n: u8) -> (InterfaceName, Link) {
         up: true,
         mtu: 1500,
         ethernet: true,
+        arp: true,
         addresses: vec![Ipv4Addr::new(10, 0, n, 1)],
         kind: "veth".to_owned(),
         rx_queues: 1,
@@ -94,12 +96,12 @@ fn line(effect: &Effect) -> String {
             let mut text = format!("upsert {id} rule {}", rule.slot);
             for output in &rule.outputs {
                 let _ = match &output.route {
-                    Some(route) => write!(
+                    Ok(route) => write!(
                         text,
                         " {}>{}:{} by #{} from {}",
                         output.slot, route.destination, route.port, route.socket, route.source
                     ),
-                    None => write!(text, " {}>pending", output.slot),
+                    Err(reason) => write!(text, " {}>{}", output.slot, reason.name()),
                 };
             }
             text
@@ -262,7 +264,7 @@ impl World {
 
 fn needed_sockets(rules: &BTreeMap<u32, CompiledRule>) -> BTreeSet<u32> {
     let outputs = rules.values().flat_map(|rule| &rule.outputs);
-    outputs.filter_map(|output| output.route.map(|route| route.socket)).collect()
+    outputs.filter_map(|output| Some(output.route.ok()?.socket)).collect()
 }
 
 /// State and world together, as the supervisor's loop does it.
@@ -498,9 +500,9 @@ impl Supervisor {
         let slots: Vec<_> = rule.outputs.iter().map(|output| OutputSlot(output.slot)).collect();
         assert_eq!(slots, entry.output_slots);
         for (compiled, output) in rule.outputs.iter().zip(&entry.rule.outputs) {
-            assert_eq!(compiled.route.map(|route| route.source), self.source(output), "{output}");
-            assert_eq!(self.state.output_pending(output).is_none(), compiled.route.is_some(), "{output}");
-            let Some(route) = compiled.route else { continue };
+            assert_eq!(compiled.route.ok().map(|route| route.source), self.source(output), "{output}");
+            assert_eq!(self.state.output_pending(output).is_none(), compiled.route.is_ok(), "{output}");
+            let Ok(route) = compiled.route else { continue };
             let link = &self.world.links[&output.interface];
             assert_eq!((route.ifindex, route.mtu), (link.index.0, link.mtu), "{output}");
             assert_eq!((route.destination, route.port), (output.destination, output.port), "{output}");
@@ -796,6 +798,61 @@ fn an_interface_without_rules_goes_and_stays_away() {
     remade.get_mut(&interface("eth0")).unwrap().index = IfIndex(20);
     did(&supervisor.links(remade), &["stop eth0/xdp0", "detach eth0"]);
     supervisor.check_settled();
+}
+
+#[test]
+fn what_goes_to_a_host_waits_for_its_next_hop() {
+    let outputs = ["10.0.1.9:6000@eth1", "10.9.9.9:6000@eth2", "239.2.2.2:6000@eth1"];
+    let mut supervisor = Supervisor::serving(&[rule("hosts", "239.1.1.1:5000@eth0", &outputs)]);
+    let host = |n, address| {
+        let source = Ipv4Addr::new(10, 0, n, 1);
+        Host { interface: IfIndex(10 + u32::from(n)), source, address }
+    };
+    let near = host(1, Ipv4Addr::new(10, 0, 1, 9));
+    let far = host(2, Ipv4Addr::new(10, 9, 9, 9));
+    assert_eq!(supervisor.state.hosts(), BTreeSet::from([near, far]), "a group has no neighbour");
+    let neighbour =
+        |n, failed| NextHop::Neighbour(Neighbour { address: Ipv4Addr::new(10, 0, n, 9), mac: None, failed });
+    let mut tell = |hops: [NextHop; 2], pending: [Option<&str>; 2]| {
+        let hops = [near, far].into_iter().zip(hops).collect();
+        let did = supervisor.take(Event::NextHops(hops));
+        for (text, pending) in outputs.iter().zip(pending.into_iter().chain([None])) {
+            assert_eq!(supervisor.state.output_pending(&output(text)).as_deref(), pending, "{text}");
+        }
+        assert_eq!(supervisor.state.hosts().len(), 2, "it is still looked for");
+        did
+    };
+    let group = "2>239.2.2.2:6000 by #2 from 10.0.1.1";
+    did(&tell([neighbour(1, false), neighbour(2, false)], [None; 2]), &[]);
+    let silent = "10.0.1.9 does not answer ARP on eth1";
+    did(
+        &tell([neighbour(1, true), NextHop::Direct], [Some(silent), None]),
+        &[
+            &format!("upsert eth0/xdp0 rule 0 0>unreachable 1>10.9.9.9:6000 by #1 from 10.0.2.1 {group}"),
+            "close eth0/xdp0 #0",
+        ],
+    );
+    // Of what lies behind a router it is the router that answers.
+    did(
+        &tell(
+            [neighbour(1, true), neighbour(2, true)],
+            [Some(silent), Some("10.0.2.9 does not answer ARP on eth2")],
+        ),
+        &[&format!("upsert eth0/xdp0 rule 0 0>unreachable 1>unreachable {group}"), "close eth0/xdp0 #1"],
+    );
+    did(
+        &tell([neighbour(1, false), NextHop::NoRoute], [None, Some("no route to 10.9.9.9 by eth2")]),
+        &[
+            "open eth0/xdp0 #0 eth1%11:4000",
+            &format!("upsert eth0/xdp0 rule 0 0>10.0.1.9:6000 by #0 from 10.0.1.1 1>unreachable {group}"),
+        ],
+    );
+    // Where nobody is looked for, and where the interface is down, nobody can fail to answer.
+    supervisor.change("eth2", |link| link.arp = false);
+    assert_eq!(supervisor.state.output_pending(&output(outputs[1])), None);
+    supervisor.change("eth1", |link| link.up = false);
+    let waits = supervisor.state.output_pending(&output(outputs[0]));
+    assert_eq!((waits.as_deref(), supervisor.state.hosts().len()), (Some("interface eth1 is down"), 0));
 }
 
 #[test]

@@ -299,7 +299,8 @@ impl UringEgress {
             }
         }
         output.drop(reason, send.datagrams);
-        if send.datagrams > 1 {
+        // Queues see a run's datagrams one by one; what refuses a run before refuses it whole.
+        if send.datagrams > 1 && matches!(reason, DropReason::QueueFull | DropReason::SendFailed) {
             output.approximate.add(send.datagrams);
         }
         if reason == DropReason::SendFailed && !self.logged.contains(&send.error) {

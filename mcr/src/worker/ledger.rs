@@ -39,7 +39,7 @@ impl Counter {
 
 /// Why an output did not send a datagram.
 #[repr(u8)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DropReason {
     /// Larger than the egress MTU takes; mcr never fragments.
     TooBig,
@@ -51,7 +51,7 @@ pub enum DropReason {
     SendBufferFull,
     /// The egress queueing discipline refused it (ENOBUFS).
     QueueFull,
-    /// No route, no neighbour, or the host refuses the port.
+    /// No route, no answer to ARP, or the host refuses the port.
     Unreachable,
     /// A firewall on this host forbids it (EPERM).
     Filtered,

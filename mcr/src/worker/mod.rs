@@ -135,9 +135,9 @@ fn start(supervisor: &mut Supervisor, log_filter: LogFilter) -> anyhow::Result<(
     let relaying = Relaying { ledger, busy_poll, log_filter };
     let ledger = &relaying.ledger;
     match setup.ingress {
-        protocol::Ingress::AfXdp { interface, queues, chunk_bytes, frames } => {
+        protocol::Ingress::AfXdp { interface, queues, umem } => {
             let open = |(index, queue): (usize, u32)| {
-                AfXdpQueue::open(&interface, QueueId(queue), chunk_bytes, frames, ledger.queue(index))
+                AfXdpQueue::open(&interface, QueueId(queue), umem, ledger.queue(index))
             };
             let queues = queues.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
             let sockets = queues.iter().map(duplicate).collect::<io::Result<Vec<_>>>()?;

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use mcr_common::flow::FlowKey4;
 use serde::{Deserialize, Serialize};
 
-use crate::worker::ledger::Layout;
+use crate::worker::ledger::{DropReason, Layout};
 
 /// Longest packet: 256 outputs take less than half of it.
 pub const MAX_PACKET_BYTES: usize = 128 * 1024;
@@ -74,10 +74,7 @@ pub enum Ingress {
         interface: String,
         /// RX queues to serve.
         queues: Vec<u32>,
-        /// UMEM chunk: a power of two that holds headroom and frame.
-        chunk_bytes: u32,
-        /// Chunks of each queue's UMEM.
-        frames: u32,
+        umem: UmemShape,
     },
     /// A packet socket that comes with the set-up, behind the ledger.
     AfPacket {
@@ -87,6 +84,17 @@ pub enum Ingress {
         /// No eBPF filter is on the socket: the worker keeps a classic one.
         classic: bool,
     },
+}
+
+/// The shape of an RX queue's UMEM and RX ring: all are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UmemShape {
+    /// Holds headroom and frame.
+    pub chunk_bytes: u32,
+    /// Chunks.
+    pub frames: u32,
+    /// Places in the RX ring, at most as many as chunks.
+    pub rx_ring: u32,
 }
 
 /// The shape of a packet socket's receive ring.
@@ -128,8 +136,8 @@ pub struct CompiledRule {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CompiledOutput {
     pub slot: u32,
-    /// Egress socket and addresses, or none while the output is pending.
-    pub route: Option<Route>,
+    /// Egress socket and addresses, or under which reason its datagrams are dropped meanwhile.
+    pub route: Result<Route, DropReason>,
     pub ttl: Ttl,
     /// The DSCP to send, or the received one.
     pub dscp: Option<u8>,

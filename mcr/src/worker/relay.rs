@@ -259,8 +259,9 @@ fn fan_out(
     egress: &mut impl Egress,
 ) {
     let slot = OutputSlot(output.slot);
-    let Some(route) = &output.route else {
-        return ledger.output(slot).drop(DropReason::Pending, arrivals.len() as u64);
+    let route = match &output.route {
+        Ok(route) => route,
+        Err(reason) => return ledger.output(slot).drop(*reason, arrivals.len() as u64),
     };
     let mut start = 0;
     while start < arrivals.len() {

@@ -129,7 +129,7 @@ fn output(slot: u32) -> CompiledOutput {
         port: 6000,
         mtu: 65_535,
     };
-    CompiledOutput { slot, route: Some(route), ttl: Ttl::Copy, dscp: None, max_run: 64 }
+    CompiledOutput { slot, route: Ok(route), ttl: Ttl::Copy, dscp: None, max_run: 64 }
 }
 
 fn with_mtu(slot: u32, mtu: u32) -> CompiledOutput {
@@ -342,9 +342,12 @@ fn what_cannot_leave_is_counted_by_reason() {
     check(ttl(Ttl::Fixed(16)), arrived(1), Ok(16));
     // One datagram has one reason.
     check(CompiledOutput { ttl: Ttl::Copy, ..with_mtu(0, 100) }, Given { ttl: 0, ..GIVEN }, Err(TooBig));
-    check(CompiledOutput { route: None, ..output(0) }, GIVEN, Err(Pending));
-    check(CompiledOutput { route: None, ..output(0) }, of_size(0), Err(Pending));
-    check(CompiledOutput { route: None, ..output(0) }, arrived(0), Err(Pending));
+    for reason in [Pending, DropReason::Unreachable] {
+        let withheld = CompiledOutput { route: Err(reason), ..output(0) };
+        for given in [GIVEN, of_size(0), arrived(0)] {
+            check(withheld.clone(), given, Err(reason));
+        }
+    }
 }
 
 #[test]
@@ -361,7 +364,7 @@ fn several_outputs_get_the_same_datagrams_each_in_its_own_way() {
     let outputs = vec![
         output(0),
         CompiledOutput { max_run: 1, ttl: Ttl::Fixed(3), dscp: Some(1), ..output(1) },
-        CompiledOutput { route: None, ..output(2) },
+        CompiledOutput { route: Err(DropReason::Pending), ..output(2) },
         with_mtu(3, 128),
         CompiledOutput { ttl: Ttl::Decrement, ..output(4) },
     ];
@@ -435,7 +438,7 @@ fn any_output() -> impl Strategy<Value = CompiledOutput> {
     let max_run = prop_oneof![Just(1), Just(2), Just(64), Just(128)];
     (ttl, proptest::option::of(0_u8..64), max_run, proptest::option::weighted(0.9, 28_u32..2000)).prop_map(
         |(ttl, dscp, max_run, mtu)| {
-            let route = mtu.and_then(|mtu| with_mtu(0, mtu).route);
+            let route = mtu.map_or(Err(DropReason::Pending), |mtu| with_mtu(0, mtu).route);
             CompiledOutput { slot: 0, route, ttl, dscp, max_run }
         },
     )
@@ -451,7 +454,7 @@ fn any_datagram() -> impl Strategy<Value = Given> {
 
 /// TTL and TOS with which a datagram is to leave, or why it is not.
 fn expected_marks(output: &CompiledOutput, given: &Given) -> Result<(u8, u8), DropReason> {
-    let Some(route) = output.route else { return Err(DropReason::Pending) };
+    let route = output.route?;
     if given.size + 28 > route.mtu as usize {
         return Err(DropReason::TooBig);
     }

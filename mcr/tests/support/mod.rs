@@ -51,7 +51,7 @@ pub fn to_loopback(slot: u32, mtu: u32) -> CompiledOutput {
         port: PORT,
         mtu,
     };
-    CompiledOutput { slot, route: Some(route), ttl: Ttl::Copy, dscp: None, max_run: 64 }
+    CompiledOutput { slot, route: Ok(route), ttl: Ttl::Copy, dscp: None, max_run: 64 }
 }
 
 /// A worker's relay step and egress.

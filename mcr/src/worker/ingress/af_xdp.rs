@@ -24,6 +24,7 @@ use crate::{
     worker::{
         ingress::{Frame, Ingress},
         ledger::QueueLedger,
+        protocol::UmemShape,
         relay::BATCH,
     },
 };
@@ -77,13 +78,13 @@ impl AfXdpQueue {
     pub fn open(
         interface: &str,
         queue: QueueId,
-        chunk_bytes: u32,
-        frames: u32,
+        shape: UmemShape,
         ledger: &QueueLedger,
     ) -> Result<Self, AfXdpError> {
+        let UmemShape { chunk_bytes, frames, rx_ring } = shape;
         let size = |what: &str, n: u32| AfXdpError::Size { what: format!("{what} {n}") };
         let fill_ring = QueueSize::new(2 * frames).map_err(|_| size("ring of", 2 * frames))?;
-        let rx_ring = QueueSize::new(frames).map_err(|_| size("ring of", frames))?;
+        let rx_ring = QueueSize::new(rx_ring).map_err(|_| size("ring of", rx_ring))?;
         let unused = QueueSize::new(2).map_err(|_| size("ring of", 2))?;
         let count = NonZeroU32::new(frames).ok_or_else(|| size("UMEM of", frames))?;
         let chunk = FrameSize::new(chunk_bytes).map_err(|_| size("chunk of", chunk_bytes))?;
