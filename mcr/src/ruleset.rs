@@ -1,6 +1,9 @@
 //! The set of rules: what may stand beside what, and what it compiles to. Pure.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use mcr_common::flow::{FlowKey4, FlowValue, action};
 use thiserror::Error;
@@ -152,6 +155,16 @@ impl RuleSet {
 
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.entries.values()
+    }
+
+    /// The interfaces that rules name, ingress and egress.
+    pub fn interfaces(&self) -> BTreeSet<&InterfaceName> {
+        let rules = self.iter().map(|entry| &entry.rule);
+        rules
+            .flat_map(|rule| {
+                rule.outputs.iter().map(|output| &output.interface).chain([&rule.input.interface])
+            })
+            .collect()
     }
 
     /// The rule that has an input.

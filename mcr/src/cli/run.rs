@@ -8,7 +8,7 @@ use crate::{
     rule::DatapathChoice,
     supervisor::{
         self,
-        settings::{DEFAULT_CONTROL, DEFAULT_PIN_ROOT, LogFormat, LogLevel, Settings},
+        settings::{DEFAULT_CONTROL, DEFAULT_PIN_ROOT, DEFAULT_STALLED_AFTER_S, LogFormat, LogLevel, Settings},
     },
     sys::cpu_list::parse_cpus,
 };
@@ -81,6 +81,7 @@ impl From<Args> for Settings {
             pin_root: args.pin_root,
             source_port: args.source_port,
             max_rules: args.max_rules,
+            stalled_after_s: DEFAULT_STALLED_AFTER_S,
             bpf_object: args.bpf_object,
             log_format: args.log_format,
             log_level: args.log_level,
@@ -136,6 +137,7 @@ mod tests {
             pin_root: "/tmp/bpf".into(),
             source_port: Some(7000),
             max_rules: 10,
+            stalled_after_s: DEFAULT_STALLED_AFTER_S,
             bpf_object: Some("a.o".into()),
             log_format: LogFormat::Json,
             log_level: LogLevel::Debug,

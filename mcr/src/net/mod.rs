@@ -2,5 +2,6 @@
 
 pub mod egress_socket;
 pub mod links;
+pub mod losses;
 pub mod membership;
 pub mod packet_socket;

@@ -1,9 +1,12 @@
 //! The privileged half of the daemon: rules, eBPF objects, memberships, worker processes, control socket.
 //! It touches no packet.
 
+mod alarms;
 mod answers;
+mod balance;
 mod books;
 mod commands;
+mod devices;
 pub mod event;
 mod host;
 mod log;

@@ -22,6 +22,7 @@ use crate::{
     api::{
         server::{self, Call},
         socket::{self, ControlLock},
+        wire::{Alarm, Request},
     },
     datapath::{self, af_packet, af_xdp, budget},
     ebpf::{self, Object, Placement, Steering},
@@ -34,7 +35,9 @@ use crate::{
     rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule},
     ruleset::{Entry, OUTPUTS_PER_RULE},
     supervisor::{
+        balance::{Balance, Subject},
         books::{Books, Programs},
+        devices::Devices,
         event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
         host::{self, Namespace},
         log::LogControl,
@@ -55,6 +58,10 @@ use crate::{
 /// Calls that wait for the supervisor.
 const CALLS: usize = 256;
 
+/// How often the counters of the devices are read where nobody asks: what was lost since then is not known of
+/// a device that goes.
+const DEVICES_PERIOD: Duration = Duration::from_secs(10);
+
 /// A worker's packet socket.
 pub struct PacketIngress {
     pub socket: PacketSocket,
@@ -63,12 +70,21 @@ pub struct PacketIngress {
     base: u64,
 }
 
+impl PacketIngress {
+    pub fn slots(&self) -> u64 {
+        self.ring.slots().into()
+    }
+}
+
 /// Everything that the supervisor owns.
 pub struct Daemon {
     pub settings: Settings,
     pub state: State,
     pub programs: Programs,
     pub books: Books,
+    pub balance: Balance,
+    pub alarms: BTreeMap<Subject, Alarm>,
+    pub devices: Devices,
     pub log: LogControl,
     pub since: SystemTime,
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
@@ -153,6 +169,9 @@ pub async fn run(settings: Settings, log: LogControl) -> anyhow::Result<()> {
     let (ends, ended) = mpsc::unbounded_channel();
     let mut daemon = Daemon {
         books: Books::new(layout, limits.no_bpf.is_some()),
+        balance: Balance::default(),
+        alarms: BTreeMap::new(),
+        devices: Devices::new(links.reader()),
         state: State::new(limits),
         programs: Programs::new(),
         log,
@@ -235,6 +254,8 @@ impl Daemon {
         second.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut quarter = interval(Duration::from_millis(250));
         quarter.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut devices = interval(DEVICES_PERIOD);
+        devices.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
 
         self.read_links(&links).await;
@@ -243,13 +264,19 @@ impl Daemon {
                 _ = terminate.recv() => { info!("SIGTERM: ending"); break }
                 _ = interrupt.recv() => { info!("SIGINT: ending"); break }
                 () = stop.notified() => break,
-                Some(call) = called.recv() => self.answer(call).await,
+                Some(call) = called.recv() => {
+                    if matches!(call.request, Request::Stats(_)) {
+                        self.read_devices().await;
+                    }
+                    self.answer(call).await;
+                }
                 Some(event) = incoming.recv() => self.take(event).await,
                 Some(end) = ended.recv() => self.bury(end).await,
+                _ = devices.tick() => self.read_devices().await,
                 () = links.changed() => self.read_links(&links).await,
                 _ = second.tick() => {
                     self.end_hung_workers();
-                    self.read_packet_statistics();
+                    self.check_ledger();
                     self.clear_socket_errors();
                     self.books.sample(&self.state);
                     if self.state.awaits_slot() {
@@ -294,6 +321,13 @@ impl Daemon {
         }
     }
 
+    /// Takes note of what the devices of the rules have lost.
+    async fn read_devices(&mut self) {
+        if let Err(error) = self.devices.read(&self.state).await {
+            debug!(%error, "the counters of the devices cannot be read");
+        }
+    }
+
     /// Ends workers that give no sign of life; their ends have them restarted.
     fn end_hung_workers(&mut self) {
         for (id, worker) in &mut self.workers {
@@ -325,12 +359,8 @@ impl Daemon {
 
     /// Says what has changed of the interfaces that rules name.
     fn log_changes(&self, now: &Links) {
-        let rules = self.state.rules().iter().map(|entry| &entry.rule);
-        let named = rules.flat_map(|rule| {
-            rule.outputs.iter().map(|output| &output.interface).chain([&rule.input.interface])
-        });
         let before = self.state.links();
-        for interface in named.collect::<BTreeSet<_>>() {
+        for interface in self.state.rules().interfaces() {
             match (before.get(interface), now.get(interface)) {
                 (Some(_), None) => warn!(%interface, "interface is gone"),
                 (None, Some(_)) => info!(%interface, "interface is there"),
@@ -386,6 +416,9 @@ impl Daemon {
             let plan = self.state.plan();
             if plan.is_empty() {
                 self.warn_of_fallbacks();
+                if self.devices.awaits(&self.state) {
+                    self.read_devices().await;
+                }
                 return;
             }
             for effect in plan {
@@ -445,7 +478,7 @@ impl Daemon {
                     stays
                 });
                 if let Some(program) = self.programs.remove(interface) {
-                    self.books.program_ends(interface, &program, &self.state);
+                    self.books.program_ends(interface, &program);
                 }
                 Ok(())
             }
@@ -577,6 +610,7 @@ impl Daemon {
         let worker = self.workers.entry(id.clone()).insert_entry(worker).into_mut();
         match sockets {
             Ok(sockets) if sockets.len() == spec.source.queues().len() => {
+                self.books.serves(id, spec.source.queues());
                 worker.hold(spec.source.queues().iter().copied().map(QueueId).zip(sockets).collect());
                 info!(worker = %id, pid, queues = ?spec.source.queues(), cpu = spec.cpu, "worker started");
                 Ok(())

@@ -12,6 +12,9 @@ pub const DEFAULT_CONTROL: &str = "/run/mcr/mcr.sock";
 /// Under which pins stand unless it is said otherwise.
 pub const DEFAULT_PIN_ROOT: &str = "/sys/fs/bpf/mcr";
 
+/// When a rule counts as stalled unless it is said otherwise.
+pub const DEFAULT_STALLED_AFTER_S: u32 = 10;
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// For rules that do not name one.
@@ -34,6 +37,8 @@ pub struct Settings {
     /// Source port of what is sent; chosen once if none.
     pub source_port: Option<u16>,
     pub max_rules: u32,
+    /// Seconds without a datagram after which a rule that had some counts as stalled.
+    pub stalled_after_s: u32,
     /// eBPF object in place of the embedded one.
     pub bpf_object: Option<PathBuf>,
     pub log_format: LogFormat,
