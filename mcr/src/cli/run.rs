@@ -8,7 +8,9 @@ use crate::{
     rule::DatapathChoice,
     supervisor::{
         self,
-        settings::{DEFAULT_CONTROL, DEFAULT_PIN_ROOT, DEFAULT_STALLED_AFTER_S, LogFormat, LogLevel, Settings},
+        settings::{
+            DEFAULT_CONTROL, DEFAULT_PIN_ROOT, DEFAULT_STALLED_AFTER_S, LogFormat, LogLevel, Settings,
+        },
     },
     sys::cpu_list::parse_cpus,
 };

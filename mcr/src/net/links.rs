@@ -96,7 +96,8 @@ impl LinkWatch {
     async fn dump(&self) -> Result<(Links, bool), rtnetlink::Error> {
         let mut names = BTreeMap::new();
         let mut links = Links::new();
-        let (messages, links_whole) = self.reader.ask(RouteNetlinkMessage::GetLink(LinkMessage::default())).await?;
+        let (messages, links_whole) =
+            self.reader.ask(RouteNetlinkMessage::GetLink(LinkMessage::default())).await?;
         for message in messages {
             if let RouteNetlinkMessage::NewLink(message) = message
                 && let Some((name, link)) = read_link(&message)

@@ -127,7 +127,9 @@ fn of_qdisc(message: &TcMessage) -> Vec<(Counter, u64)> {
         match attribute {
             TcAttribute::Kind(text) => kind = text,
             TcAttribute::Stats2(stats) => {
-                found = stats.iter().find_map(|of| if let TcStats2::Queue(queue) = of { Some(queue) } else { None });
+                found = stats
+                    .iter()
+                    .find_map(|of| if let TcStats2::Queue(queue) = of { Some(queue) } else { None });
             }
             _ => {}
         }

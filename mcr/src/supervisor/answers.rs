@@ -7,17 +7,16 @@ use std::{
 
 use crate::{
     api::wire::{
-        self, Alarm, DeviceStats, Error, Health, InterfaceStats, OutputInfo, OutputStats, QueueStats, RuleCounts, RuleInfo, RuleList,
-        RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList, timestamp,
+        self, Alarm, DeviceStats, Error, Health, InterfaceStats, OutputInfo, OutputStats, QueueStats,
+        RuleCounts, RuleInfo, RuleList, RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList,
+        timestamp,
     },
     datapath,
     ebpf::Steering,
     net::losses::Level,
     rule::{Datapath, DatapathChoice, InterfaceName, Output, OutputSlot},
     ruleset::Entry,
-    supervisor::{
-        books::QueueTotals, devices::Losses, event::WorkerId, run::Daemon, state::Problem,
-    },
+    supervisor::{books::QueueTotals, devices::Losses, event::WorkerId, run::Daemon, state::Problem},
     worker::ledger::DropReason,
 };
 

@@ -175,10 +175,12 @@ mod tests {
 
     #[test]
     fn more_than_can_be_in_flight_is_an_alarm_at_the_third_look() {
-        let looks: Vec<_> = (1..6).map(|look| sums(10_000 * look, 10_000 * (look - 1) - 101)).collect();
-        // The first look has none before it.
-        let looks = [&[sums(0, 0)][..], &[sums(10_000, 0)], &looks[1..]].concat();
-        check(&looks, &[Quiet, Quiet, Quiet, Quiet, Raised, Quiet]);
+        let looks = |short: u64| (2..6).map(move |look| sums(10_000 * look, 10_000 * (look - 1) - short));
+        let after = |first: Sums, looks: &mut dyn Iterator<Item = Sums>| {
+            [first].into_iter().chain(looks).collect::<Vec<_>>()
+        };
+        check(&after(sums(10_000, 0), &mut looks(101)), &[Quiet, Quiet, Quiet, Raised, Quiet]);
+        check(&after(sums(10_000, 0), &mut looks(100)), &[Quiet; 5]);
         // Twice is not enough.
         let twice = [sums(10_000, 10_000), sums(20_000, 9_899), sums(30_000, 19_899), sums(40_000, 40_000)];
         check(&twice, &[Quiet; 4]);

@@ -132,7 +132,8 @@ impl Books {
         let elsewhere = if uncertain { u64::MAX } else { 0 };
         found.push((Subject::Rules(name.clone()), sums(now + before, [of_rules, lost], elsewhere, reach)));
 
-        let entries = state.rules().iter().zip(rules).filter(|(entry, _)| entry.rule.input.interface == *name);
+        let entries =
+            state.rules().iter().zip(rules).filter(|(entry, _)| entry.rule.input.interface == *name);
         for (entry, raw) in entries {
             let Some(tenant) = self.tenants.get(&entry.slot).filter(|tenant| !tenant.mixed) else { continue };
             let kernel = self.kernel.get(&entry.slot).copied().unwrap_or_default();
