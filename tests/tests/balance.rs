@@ -343,7 +343,9 @@ fn what_the_kernel_and_the_driver_drop_on_ingress_are_rows_of_the_device() {
     let had = |of: &DeviceStats| of.link.get("rx_dropped").copied().unwrap_or(0);
 
     // A protocol that nobody serves.
-    let mut frame = vec![0xff; 60];
+    let mut frame = vec![0; 60];
+    frame[..6].fill(0xff);
+    frame[6] = 2;
     frame[12..14].copy_from_slice(&0x88b5_u16.to_be_bytes());
     let sender = RawSender::new(site.source(), ETH);
     for _ in 0..100 {

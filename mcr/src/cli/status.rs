@@ -1,6 +1,6 @@
 //! `mcr status`: is it working, what is wrong, what to type next.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Write};
 
 use super::{
     remote::Remote,
@@ -64,7 +64,7 @@ fn rules(rules: &RuleCounts) -> String {
     let mut text = format!("{total}: {active} active, {pending} pending, {failed} failed");
     for (number, what) in [(rules.stalled, "stalled"), (rules.unseen, "without a datagram so far")] {
         if number > 0 {
-            text.push_str(&format!(", {} {what}", count(number.into())));
+            let _ = write!(text, ", {} {what}", count(number.into()));
         }
     }
     text

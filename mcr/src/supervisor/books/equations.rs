@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use mcr_common::abi::verdicts_of;
+use mcr_common::{abi::verdicts_of, counters::RuleCounters};
 
 use super::{Books, InterfaceTotals, Programs, RuleTotals, steered_of};
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// What the two programs did with frames that rules want: if none of it moves, no rule's counters in the kernel do.
-pub(super) type Mark = [u64; 6];
+pub(super) type Mark = [[u64; 3]; 2];
 
 /// How many frames or datagrams can be on their way on an interface by one datapath.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,7 +43,8 @@ struct Interface {
 impl Books {
     /// The first half of a look.
     pub fn accounted(&self, state: &State) -> Accounted {
-        let rules = state.rules().iter().map(|entry| self.raw_rule(entry.slot, Default::default())).collect();
+        let rules =
+            state.rules().iter().map(|entry| self.raw_rule(entry.slot, RuleCounters::default())).collect();
         let all: BTreeSet<_> = self.interfaces().collect();
         let interfaces = all.into_iter().map(|(name, datapath)| {
             let of_rules = self.of_rules(&name, datapath);
@@ -153,12 +154,12 @@ impl Books {
     fn follow_kernel(&mut self, name: &InterfaceName, programs: &Programs) -> bool {
         let mut mark = None;
         if let Some(program) = programs.get(name) {
-            let of = |program_of| program.verdicts(program_of).map(|counted| counted.map(|(_, count)| count));
-            let (Ok([a, b, c, ..]), Ok([d, e, f, ..])) = (of(verdicts_of::XDP), of(verdicts_of::FILTER))
-            else {
+            // Steered, without a worker, and looped.
+            let of = |of| program.verdicts(of).map(|counted| [0, 1, 2].map(|verdict| counted[verdict].1));
+            let (Ok(xdp), Ok(filter)) = (of(verdicts_of::XDP), of(verdicts_of::FILTER)) else {
                 return false;
             };
-            mark = Some([a, b, c, d, e, f]);
+            mark = Some([xdp, filter]);
             if self.verdicts.get(name) == mark.as_ref() {
                 return true;
             }
