@@ -47,7 +47,9 @@ impl Daemon {
                 Judgement::Gone => settle(&mut self.alarms, subject, "it balances again"),
             }
         }
-        self.forget_former();
+        if self.balance.len() > looks.len() {
+            self.forget_former();
+        }
     }
 
     /// Forgets rules and outputs that are gone.

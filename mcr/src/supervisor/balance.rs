@@ -128,6 +128,11 @@ impl Balance {
         Judgement::Quiet
     }
 
+    /// How many equalities were looked at.
+    pub fn len(&self) -> usize {
+        self.watches.len()
+    }
+
     /// Forgets what there is no more.
     pub fn retain(&mut self, is_there: impl Fn(&Subject) -> bool) {
         self.watches.retain(|subject, _| is_there(subject));

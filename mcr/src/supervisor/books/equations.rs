@@ -1,6 +1,6 @@
 //! The equalities of the ledger, filled in with what the books say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mcr_common::{abi::verdicts_of, counters::RuleCounters};
 
@@ -91,8 +91,15 @@ impl Books {
                 self.equations_of_rules(name, its, (state, &rules), &in_flight, &mut found);
             }
         }
+        let mut batches: BTreeMap<&InterfaceName, u64> = BTreeMap::new();
         for entry in state.rules().iter() {
-            let batches = in_flight(&entry.rule.input.interface, state.datapath_of(&entry.rule)).batches;
+            let name = &entry.rule.input.interface;
+            let batches = *batches.entry(name).or_insert_with(|| {
+                [Datapath::AfXdp, Datapath::AfPacket]
+                    .map(|datapath| in_flight(name, datapath).batches)
+                    .iter()
+                    .sum()
+            });
             for slot in &entry.output_slots {
                 let totals = self.output(*slot);
                 let dropped = totals.dropped.iter().sum();
