@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, os::unix::process::CommandExt as _, path::PathBuf};
 use anyhow::{Context as _, Result, bail};
 use mcr::api::{
     client::Client,
-    wire::{Pong, Request, RuleOutcome, RuleRef, RuleSpec, Stats, StatsQuery, Status, WorkerList},
+    wire::{Pong, Request, RuleOutcome, RuleRemoval, RuleSpec, Stats, StatsQuery, Status, WorkerList},
 };
 use tests::Process;
 
@@ -117,7 +117,7 @@ impl Daemon {
 
     /// Removes a rule; not one more datagram of it leaves.
     pub fn remove(&self, rule: u32) -> Result<()> {
-        self.call::<RuleOutcome>(&Request::RuleRemove(RuleRef { name: name(rule) }))?;
+        self.call::<RuleOutcome>(&Request::RuleRemove(RuleRemoval { name: name(rule), save: false }))?;
         Ok(())
     }
 

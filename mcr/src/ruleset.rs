@@ -197,6 +197,16 @@ impl RuleSet {
         self.entries.values()
     }
 
+    /// The interfaces that rules name, ingress and egress.
+    pub fn interfaces(&self) -> BTreeSet<&InterfaceName> {
+        let rules = self.iter().map(|entry| &entry.rule);
+        rules
+            .flat_map(|rule| {
+                rule.outputs.iter().map(|output| &output.interface).chain([&rule.input.interface])
+            })
+            .collect()
+    }
+
     /// The rule that has an input.
     pub fn by_input(&self, input: &Input) -> Option<&Entry> {
         self.iter().find(|entry| entry.rule.input == *input)

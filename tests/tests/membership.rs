@@ -9,7 +9,7 @@ use std::{
 use mcr::{
     api::{
         client::Client,
-        wire::{Health, Outcome, Request, RuleOutcome, RuleRef, Status},
+        wire::{Health, Outcome, Request, RuleOutcome, RuleRemoval, Status},
     },
     net::membership::{Membership, Memberships},
     rule::IfIndex,
@@ -169,7 +169,7 @@ fn add_all(client: &mut Client, flows: &[Flow]) {
 fn remove_all(client: &mut Client, flows: &[Flow]) {
     let start = Instant::now();
     for Flow { name, .. } in flows {
-        let removal = Request::RuleRemove(RuleRef { name: name.clone() });
+        let removal = Request::RuleRemove(RuleRemoval { name: name.clone(), save: false });
         assert_eq!(client.call::<RuleOutcome>(&removal).expect("a rule").outcome, Outcome::Removed);
     }
     println!("rules removed in {:?}", start.elapsed());

@@ -11,7 +11,7 @@ use std::{
 
 use mcr::api::{
     client::Client,
-    wire::{Outcome, Request, RuleOutcome, RuleRef, RuleSpec, WorkerList},
+    wire::{Outcome, Request, RuleOutcome, RuleRemoval, RuleSpec, WorkerList},
 };
 use tests::{
     Generator, Ground, Receiver, Relay, Site, Usage,
@@ -74,7 +74,8 @@ fn add(client: &mut Client, n: u32) {
 }
 
 fn remove(client: &mut Client, n: u32) {
-    let answer: RuleOutcome = client.call(&Request::RuleRemove(RuleRef { name: churn_name(n) })).unwrap();
+    let answer: RuleOutcome =
+        client.call(&Request::RuleRemove(RuleRemoval { name: churn_name(n), save: false })).unwrap();
     assert_eq!(answer.outcome, Outcome::Removed, "rule {n}");
 }
 

@@ -17,6 +17,19 @@ pub fn timestamp(time: SystemTime) -> String {
     humantime::format_rfc3339_millis(time).to_string()
 }
 
+/// `1,234,567`.
+pub fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
 /// Longest request line, in bytes, newline included.
 pub const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
 
@@ -255,6 +268,36 @@ pub struct Stats {
     pub rules: Vec<RuleStats>,
     pub interfaces: Vec<InterfaceStats>,
     pub workers: Vec<WorkerInfo>,
+    /// The interfaces that rules name or named, ingress and egress.
+    #[serde(default)]
+    pub devices: Vec<DeviceStats>,
+    #[serde(default)]
+    pub alarms: Vec<Alarm>,
+}
+
+/// An equality of the ledger that does not hold: more is missing than can be in flight, something is missing
+/// while traffic rests, or something was counted twice. It stands until nothing is missing any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alarm {
+    pub what: String,
+    /// Datagrams or frames that are missing; below zero those that were counted twice.
+    pub gap: i64,
+    pub since: String,
+    /// A command that shows the counters.
+    pub next: String,
+}
+
+/// What a device lost since the daemon first looked at it, by the kernel's and the driver's own names; counters
+/// without a loss are absent. It is known of the device as a whole, whoever sent or was to receive.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStats {
+    pub name: String,
+    /// As `ip -s -s link` has it (`struct rtnl_link_stats64`).
+    pub link: BTreeMap<String, u64>,
+    /// As `tc -s qdisc` has it: `KIND drops` and `KIND overlimits`.
+    pub qdisc: BTreeMap<String, u64>,
+    /// Of `ethtool -S`, what says by its name that something was lost.
+    pub driver: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -273,6 +316,12 @@ pub struct RuleStats {
     pub received_pps: f64,
     /// Absent until the first datagram.
     pub last_seen: Option<String>,
+    /// Whole seconds since then.
+    #[serde(default)]
+    pub idle_seconds: Option<u64>,
+    /// It had datagrams, and none for as long as the daemon's `stalled_after`, 10 s unless said otherwise.
+    #[serde(default)]
+    pub stalled: bool,
     /// Before any output: `no_worker`, `loop`, `cut`.
     pub dropped: BTreeMap<String, u64>,
     pub outputs: Vec<OutputStats>,
@@ -315,6 +364,20 @@ pub struct InterfaceStats {
     /// Frames received whose rule was gone by then (`no_rule`), that a worker's parser refused, that came
     /// without their end (`cut`), or that a worker held when it died (`worker_died`).
     pub discarded: BTreeMap<String, u64>,
+    /// Of each RX queue by AF_XDP, of each packet socket by AF_PACKET.
+    #[serde(default)]
+    pub queues: Vec<QueueStats>,
+}
+
+/// `steered = received + dropped`, as for the interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueStats {
+    pub queue: u32,
+    /// Who serves it, or did last.
+    pub worker: String,
+    pub steered: u64,
+    pub received: u64,
+    pub dropped: BTreeMap<String, u64>,
 }
 
 /// Answer to `workers`.
@@ -370,6 +433,8 @@ pub struct Status {
     pub dropped: BTreeMap<String, u64>,
     /// What is wrong, worst first.
     pub problems: Vec<Problem>,
+    #[serde(default)]
+    pub alarms: Vec<Alarm>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -378,6 +443,12 @@ pub struct RuleCounts {
     pub active: u32,
     pub pending: u32,
     pub failed: u32,
+    /// Of the active: they had datagrams, and have none now.
+    #[serde(default)]
+    pub stalled: u32,
+    /// They never had a datagram.
+    #[serde(default)]
+    pub unseen: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,6 +1,6 @@
 //! `mcr status`: is it working, what is wrong, what to type next.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Write};
 
 use super::{
     remote::Remote,
@@ -61,7 +61,13 @@ fn rules(rules: &RuleCounts) -> String {
     }
     let [total, active, pending, failed] =
         [rules.total, rules.active, rules.pending, rules.failed].map(|number| count(number.into()));
-    format!("{total}: {active} active, {pending} pending, {failed} failed")
+    let mut text = format!("{total}: {active} active, {pending} pending, {failed} failed");
+    for (number, what) in [(rules.stalled, "stalled"), (rules.unseen, "without a datagram so far")] {
+        if number > 0 {
+            let _ = write!(text, ", {} {what}", count(number.into()));
+        }
+    }
+    text
 }
 
 /// `5: 3 loop, 2 queue_full`.
@@ -111,6 +117,7 @@ mod tests {
             sent_bps: 0.0,
             dropped: [].into(),
             problems: Vec::new(),
+            alarms: Vec::new(),
         }
     }
 
@@ -137,7 +144,7 @@ next: mcr rule add --in GROUP:PORT@INTERFACE --out GROUP:PORT@INTERFACE
             Problem { what: "rule cam2: eth1 is down".to_owned(), next: "ip link set eth1 up".to_owned() };
         let status = Status {
             health: Health::Pending,
-            rules: RuleCounts { total: 1200, active: 1199, pending: 1, failed: 0 },
+            rules: RuleCounts { total: 1200, active: 1199, pending: 1, failed: 0, stalled: 2, unseen: 1004 },
             workers_running: 2,
             workers_total: 3,
             worker_restarts: 1,
@@ -152,7 +159,7 @@ next: mcr rule add --in GROUP:PORT@INTERFACE --out GROUP:PORT@INTERFACE
             render(&status),
             "\
 mcr 0.1.0 is working in part: something is pending (pid 77, since 2025-06-01T09:00:00Z)
-rules      1,200: 1,199 active, 1 pending, 0 failed
+rules      1,200: 1,199 active, 1 pending, 0 failed, 2 stalled, 1,004 without a datagram so far
 workers    2 of 3 running, 1 restart
 received   12.3 k/s
 sent       24.7 k/s, 259.0 Mb/s

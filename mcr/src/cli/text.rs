@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use crate::api::wire::Health;
+pub use crate::api::wire::count;
 
 /// Width of text where there is no terminal to ask.
 const DEFAULT_WIDTH: u16 = 100;
@@ -31,19 +32,6 @@ pub fn table(width: u16, header: &[&str], right: &[usize], rows: Vec<Vec<String>
     }
     let mut text = table.trim_fmt();
     text.push('\n');
-    text
-}
-
-/// `1,234,567`.
-pub fn count(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
     text
 }
 

@@ -10,7 +10,9 @@ use toml::de::DeValue;
 use crate::{
     datapath::af_xdp,
     rule::DatapathChoice,
-    supervisor::settings::{DEFAULT_CONTROL, DEFAULT_PIN_ROOT, LogFormat, LogLevel, Settings},
+    supervisor::settings::{
+        DEFAULT_CONTROL, DEFAULT_PIN_ROOT, DEFAULT_STALLED_AFTER_S, LogFormat, LogLevel, Settings,
+    },
     sys::cpu_list::parse_cpus,
 };
 
@@ -57,6 +59,9 @@ pub struct Options {
     /// Rules that the maps are sized for [default: 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     max_rules: Option<u32>,
+    /// Seconds without a datagram after which a rule that had some is said to be stalled [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    stalled_after: Option<u32>,
     /// eBPF object in place of the embedded one
     #[arg(long, value_name = "FILE")]
     bpf_object: Option<PathBuf>,
@@ -86,6 +91,7 @@ impl Options {
             pin_root: self.pin_root.or(those.pin_root),
             source_port: self.source_port.or(those.source_port),
             max_rules: self.max_rules.or(those.max_rules),
+            stalled_after: self.stalled_after.or(those.stalled_after),
             bpf_object: self.bpf_object.or(those.bpf_object),
             log_format: self.log_format.or(those.log_format),
             log_level: self.log_level.or(those.log_level),
@@ -109,6 +115,7 @@ impl From<Options> for Settings {
             pin_root: options.pin_root.unwrap_or_else(|| DEFAULT_PIN_ROOT.into()),
             source_port: options.source_port,
             max_rules: options.max_rules.unwrap_or(DEFAULT_MAX_RULES),
+            stalled_after_s: options.stalled_after.unwrap_or(DEFAULT_STALLED_AFTER_S),
             bpf_object: options.bpf_object,
             log_format: options.log_format.unwrap_or_default(),
             log_level: options.log_level.unwrap_or_default(),

@@ -48,9 +48,13 @@ pub struct Link {
 /// All interfaces by name.
 pub type Links = BTreeMap<InterfaceName, Link>;
 
+/// Asks the kernel.
+#[derive(Clone, Debug)]
+pub struct LinkReader(Handle);
+
 /// Reads the interfaces, and hears of their changes.
 pub struct LinkWatch {
-    handle: Handle,
+    reader: LinkReader,
     changes: super::Changes,
 }
 
@@ -60,7 +64,11 @@ impl LinkWatch {
         let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr];
         let (connection, handle, messages) = rtnetlink::new_multicast_connection(&groups)?;
         tokio::spawn(connection);
-        Ok(Self { handle, changes: Box::new(messages.map(|_| ())) })
+        Ok(Self { reader: LinkReader(handle), changes: Box::new(messages.map(|_| ())) })
+    }
+
+    pub fn reader(&self) -> LinkReader {
+        self.reader.clone()
     }
 
     /// Returns when something has changed since it was last called.
@@ -85,7 +93,8 @@ impl LinkWatch {
     async fn dump(&self) -> Result<(Links, bool), rtnetlink::Error> {
         let mut names = BTreeMap::new();
         let mut links = Links::new();
-        let (messages, links_whole) = self.ask(RouteNetlinkMessage::GetLink(LinkMessage::default())).await?;
+        let (messages, links_whole) =
+            self.reader.ask(RouteNetlinkMessage::GetLink(LinkMessage::default())).await?;
         for message in messages {
             if let RouteNetlinkMessage::NewLink(message) = message
                 && let Some((name, link)) = read_link(&message)
@@ -96,7 +105,7 @@ impl LinkWatch {
         }
         let mut secondary: BTreeMap<InterfaceName, Vec<Ipv4Addr>> = BTreeMap::new();
         let (messages, addresses_whole) =
-            self.ask(RouteNetlinkMessage::GetAddress(AddressMessage::default())).await?;
+            self.reader.ask(RouteNetlinkMessage::GetAddress(AddressMessage::default())).await?;
         for message in messages {
             let RouteNetlinkMessage::NewAddress(message) = message else { continue };
             let Some(name) = names.get(&message.header.index) else { continue };
@@ -114,15 +123,17 @@ impl LinkWatch {
         }
         Ok((links, links_whole && addresses_whole))
     }
+}
 
+impl LinkReader {
     /// All that the kernel answers to a question, and whether nothing changed while it did.
-    async fn ask(
+    pub async fn ask(
         &self,
         question: RouteNetlinkMessage,
     ) -> Result<(Vec<RouteNetlinkMessage>, bool), rtnetlink::Error> {
         let mut question = NetlinkMessage::from(question);
         question.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-        let mut answers = self.handle.clone().request(question)?;
+        let mut answers = self.0.clone().request(question)?;
         let (mut messages, mut whole) = (Vec::new(), true);
         while let Some(answer) = answers.next().await {
             whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;

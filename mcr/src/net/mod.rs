@@ -4,6 +4,7 @@ use futures_util::{FutureExt, Stream, StreamExt};
 
 pub mod egress_socket;
 pub mod links;
+pub mod losses;
 pub mod membership;
 pub mod neighbours;
 pub mod packet_socket;

@@ -8,14 +8,16 @@ use std::{
 
 use crate::{
     api::wire::{
-        self, Error, Health, InterfaceStats, OutputInfo, OutputStats, RuleCounts, RuleInfo, RuleList,
-        RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList, timestamp,
+        self, Alarm, DeviceStats, Error, Health, InterfaceStats, OutputInfo, OutputStats, QueueStats,
+        RuleCounts, RuleInfo, RuleList, RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList,
+        timestamp,
     },
     datapath,
     ebpf::Steering,
+    net::losses::Level,
     rule::{Datapath, DatapathChoice, InterfaceName, Origin, Output, OutputSlot},
     ruleset::Entry,
-    supervisor::{event::WorkerId, run::Daemon, state::Problem},
+    supervisor::{books::QueueTotals, devices::Losses, event::WorkerId, run::Daemon, state::Problem},
     worker::ledger::DropReason,
 };
 
@@ -100,7 +102,25 @@ impl Daemon {
             rules,
             interfaces: self.interface_list(),
             workers: self.worker_list().workers,
+            devices: self.device_list(),
+            alarms: self.alarms.values().cloned().collect(),
         })
+    }
+
+    fn device_list(&self) -> Vec<DeviceStats> {
+        let stats = |(name, lost): (&InterfaceName, &Losses)| {
+            let mut stats = DeviceStats { name: name.to_string(), ..DeviceStats::default() };
+            for ((level, counter), count) in lost {
+                let named = match level {
+                    Level::Link => &mut stats.link,
+                    Level::Qdisc => &mut stats.qdisc,
+                    Level::Driver => &mut stats.driver,
+                };
+                named.insert(counter.clone(), *count);
+            }
+            stats
+        };
+        self.devices.iter().map(stats).collect()
     }
 
     /// Interfaces that are or were served, by datapath.
@@ -114,6 +134,10 @@ impl Daemon {
 
     fn rule_stats(&self, entry: &Entry) -> RuleStats {
         let totals = self.books.rule(entry, &self.programs);
+        let last_seen = UNIX_EPOCH + Duration::from_nanos(totals.last_seen_ns);
+        // A clock that was set back makes nobody idle.
+        let idle = || SystemTime::now().duration_since(last_seen).unwrap_or_default().as_secs();
+        let idle_seconds = (totals.last_seen_ns > 0).then(idle);
         let info = self.rule_info(entry);
         RuleStats {
             name: info.name,
@@ -124,8 +148,9 @@ impl Daemon {
             received: totals.received,
             received_bytes: totals.received_bytes,
             received_pps: self.books.rule_rates.get(&entry.slot),
-            last_seen: (totals.last_seen_ns > 0)
-                .then(|| timestamp(UNIX_EPOCH + Duration::from_nanos(totals.last_seen_ns))),
+            last_seen: idle_seconds.map(|_| timestamp(last_seen)),
+            idle_seconds,
+            stalled: idle_seconds.is_some_and(|idle| idle >= self.settings.stalled_after_s.into()),
             dropped: nonzero([("no_worker", totals.no_worker), ("loop", totals.looped), ("cut", totals.cut)]),
             outputs: entry.outputs().map(|(output, slot)| self.output_stats(output, slot)).collect(),
         }
@@ -153,14 +178,7 @@ impl Daemon {
             datapath: datapath.to_string(),
             verdicts: totals.verdicts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect(),
             received: totals.received,
-            dropped: nonzero([
-                ("rx_ring_full", totals.rx_ring_full),
-                ("fill_ring_empty", totals.fill_ring_empty),
-                // The kernel counts frames without a free chunk among these too.
-                ("socket_dropped", totals.rx_dropped.saturating_sub(totals.fill_ring_empty)),
-                ("worker_died", totals.worker_died),
-                ("packet_ring_full", totals.packet_ring_full),
-            ]),
+            dropped: nonzero(totals.drops()),
             discarded: nonzero([
                 ("no_rule", totals.no_rule),
                 ("refused", totals.refused),
@@ -168,7 +186,20 @@ impl Daemon {
                 ("cut", totals.cut),
                 ("worker_died", totals.held),
             ]),
+            queues: self.queue_list(interface, datapath),
         }
+    }
+
+    fn queue_list(&self, interface: &InterfaceName, datapath: Datapath) -> Vec<QueueStats> {
+        let queues = self.books.queues(interface, datapath, &self.programs).into_iter();
+        let stats = |QueueTotals { queue, worker, steered, totals }| QueueStats {
+            queue,
+            worker: worker.to_string(),
+            steered,
+            received: totals.received,
+            dropped: nonzero(totals.drops()),
+        };
+        queues.map(stats).collect()
     }
 
     pub fn worker_list(&self) -> WorkerList {
@@ -211,16 +242,21 @@ impl Daemon {
 
     pub fn status(&self) -> Status {
         let rules = self.rule_list().rules;
+        let stats: Vec<_> = self.state.rules().iter().map(|entry| self.rule_stats(entry)).collect();
         let count = |health| rules.iter().filter(|rule| rule.health == health).count() as u32;
         let rule_counts = RuleCounts {
             total: rules.len() as u32,
             active: count(Health::Active),
             pending: count(Health::Pending),
             failed: count(Health::Failed),
+            stalled: stalled(&rules, &stats).count() as u32,
+            unseen: stats.iter().filter(|rule| rule.last_seen.is_none()).count() as u32,
         };
         let workers = self.worker_list().workers;
+        let alarms: Vec<_> = self.alarms.values().cloned().collect();
         let mut problems = self.configuration_problems();
-        problems.extend(self::problems(&rules, &workers));
+        problems.extend(self::problems(&alarms, &rules, &workers, &stats));
+        let of_alarms = alarms.first().map(|_| Health::Failed);
         let slots = || self.state.rules().iter().flat_map(|entry| entry.output_slots.iter());
         Status {
             schema: SCHEMA,
@@ -228,7 +264,7 @@ impl Daemon {
             since: timestamp(self.since),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            health: rules.iter().map(|rule| rule.health).max().unwrap_or(Health::Active),
+            health: rules.iter().map(|rule| rule.health).chain(of_alarms).max().unwrap_or(Health::Active),
             rules: rule_counts,
             workers_running: workers.iter().filter(|worker| worker.pid.is_some()).count() as u32,
             workers_total: workers.len() as u32,
@@ -236,8 +272,9 @@ impl Daemon {
             received_pps: self.state.rules().iter().map(|entry| self.books.rule_rates.get(&entry.slot)).sum(),
             sent_pps: slots().map(|slot| self.books.output_rates.get(slot)).sum(),
             sent_bps: slots().map(|slot| 8.0 * self.books.output_byte_rates.get(slot)).sum(),
-            dropped: self.all_drops(),
+            dropped: self.all_drops(stats),
             problems,
+            alarms,
         }
     }
 
@@ -253,17 +290,16 @@ impl Daemon {
         waiting.into_iter().chain(refused).chain(forgetful).collect()
     }
 
-    fn all_drops(&self) -> BTreeMap<String, u64> {
+    fn all_drops(&self, rules: Vec<RuleStats>) -> BTreeMap<String, u64> {
         let mut all: BTreeMap<String, u64> = BTreeMap::new();
         let mut add = |drops: BTreeMap<String, u64>| {
             for (reason, count) in drops {
                 *all.entry(reason).or_default() += count;
             }
         };
-        for entry in self.state.rules().iter() {
-            let stats = self.rule_stats(entry);
-            add(stats.dropped);
-            stats.outputs.into_iter().for_each(|output| add(output.dropped));
+        for rule in rules {
+            add(rule.dropped);
+            rule.outputs.into_iter().for_each(|output| add(output.dropped));
         }
         self.interface_list().into_iter().for_each(|interface| add(interface.dropped));
         all
@@ -271,7 +307,14 @@ impl Daemon {
 }
 
 /// What is wrong, worst first, each with a command that shows or mends it.
-fn problems(rules: &[RuleInfo], workers: &[WorkerInfo]) -> Vec<wire::Problem> {
+fn problems(
+    alarms: &[Alarm],
+    rules: &[RuleInfo],
+    workers: &[WorkerInfo],
+    stats: &[RuleStats],
+) -> Vec<wire::Problem> {
+    let of_alarms =
+        alarms.iter().map(|alarm| wire::Problem { what: alarm.what.clone(), next: alarm.next.clone() });
     let mut sick: Vec<_> = rules.iter().filter(|rule| rule.health != Health::Active).collect();
     sick.sort_by_key(|rule| std::cmp::Reverse(rule.health));
     let of_rules = sick.into_iter().map(|rule| wire::Problem {
@@ -282,5 +325,19 @@ fn problems(rules: &[RuleInfo], workers: &[WorkerInfo]) -> Vec<wire::Problem> {
         let why = worker.last_exit.as_deref().unwrap_or("it has not started yet");
         wire::Problem { what: format!("worker {} is down: {why}", worker.id), next: "mcr workers".to_owned() }
     });
-    of_rules.chain(of_workers).collect()
+    let of_stalled = stalled(rules, stats).map(|rule| {
+        let idle = rule.idle_seconds.unwrap_or_default();
+        let last = rule.last_seen.as_deref().unwrap_or_default();
+        wire::Problem {
+            what: format!("rule {}: no datagram for {idle} s (the last at {last})", rule.name),
+            next: format!("mcr stats {}", rule.name),
+        }
+    });
+    of_alarms.chain(of_rules).chain(of_workers).chain(of_stalled).collect()
+}
+
+/// Rules that should have datagrams and have none any more.
+fn stalled<'a>(rules: &'a [RuleInfo], stats: &'a [RuleStats]) -> impl Iterator<Item = &'a RuleStats> {
+    let both = rules.iter().zip(stats);
+    both.filter(|(rule, stats)| rule.health == Health::Active && stats.stalled).map(|(_, stats)| stats)
 }

@@ -3,14 +3,19 @@
 //! A slot is used by one rule after another, an interface's maps end with its program, a worker's sockets
 //! end with it: the books keep what was counted before, so that what they show only goes on.
 
+mod equations;
+
 use std::{
     collections::{BTreeMap, HashMap},
     io,
+    net::Ipv4Addr,
     os::fd::OwnedFd,
     time::Instant,
 };
 
-use mcr_common::abi::verdicts_of;
+use mcr_common::{abi::verdicts_of, counters::RuleCounters};
+
+pub use self::equations::InFlight;
 
 use crate::{
     ebpf::Steering,
@@ -21,7 +26,7 @@ use crate::{
         event::WorkerId,
         state::{Running, State},
     },
-    worker::ledger::{DropReason, Layout, Ledger},
+    worker::ledger::{DropReason, Layout, Ledger, QueueLedger},
 };
 
 /// What was counted of a rule, or is to be taken off.
@@ -53,6 +58,8 @@ pub struct OutputTotals {
 pub struct InterfaceTotals {
     pub verdicts: BTreeMap<&'static str, u64>,
     pub received: u64,
+    /// Datagrams beyond the first of each frame.
+    pub segments: u64,
     pub rx_dropped: u64,
     pub fill_ring_empty: u64,
     pub rx_ring_full: u64,
@@ -63,6 +70,72 @@ pub struct InterfaceTotals {
     pub refused: u64,
     pub cut: u64,
     pub held: u64,
+}
+
+impl InterfaceTotals {
+    pub fn steered(&self) -> u64 {
+        self.verdicts.get("steered").copied().unwrap_or_default()
+    }
+
+    /// What the sockets lost, by name.
+    pub fn drops(&self) -> [(&'static str, u64); 5] {
+        [
+            ("rx_ring_full", self.rx_ring_full),
+            ("fill_ring_empty", self.fill_ring_empty),
+            // The kernel counts frames without a free chunk among these too.
+            ("socket_dropped", self.rx_dropped.saturating_sub(self.fill_ring_empty)),
+            ("worker_died", self.worker_died),
+            ("packet_ring_full", self.packet_ring_full),
+        ]
+    }
+
+    /// Frames that the sockets lost.
+    fn lost(&self) -> u64 {
+        self.drops().iter().map(|(_, count)| count).sum()
+    }
+
+    /// Received, but of no rule any more.
+    fn thrown_away(&self) -> u64 {
+        self.no_rule + self.refused + self.held
+    }
+
+    /// Adds the counters of one socket. What a frame's end is counted by is read before its beginning.
+    fn add(&mut self, queue: &QueueLedger) {
+        self.no_rule += queue.no_rule.get();
+        self.refused += queue.refused.get();
+        self.cut += queue.cut.get();
+        self.held += queue.held.get();
+        self.segments += queue.segments.get();
+        self.received += queue.received.get();
+        // The first of these contains the second.
+        let fill_ring_empty = queue.fill_ring_empty.get();
+        self.rx_dropped += queue.rx_dropped.get();
+        self.fill_ring_empty += fill_ring_empty;
+        self.rx_ring_full += queue.rx_ring_full.get();
+        self.worker_died += queue.worker_died.get();
+    }
+}
+
+/// What was counted of one RX queue, or of one packet socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueTotals {
+    pub queue: u32,
+    pub worker: WorkerId,
+    pub steered: u64,
+    pub totals: InterfaceTotals,
+}
+
+/// The rule that had a slot last, also if it is gone.
+#[derive(Clone, Debug)]
+struct Tenant {
+    interface: InterfaceName,
+    group: (Ipv4Addr, u16),
+    /// What the slot had counted when the rule got it: by all, and by the kernel alone.
+    base: RuleTotals,
+    kernel_base: RuleCounters,
+    /// Another rule has had the same group: a datagram that was between the XDP program and its worker when one
+    /// of them came or went may be matched by one and received by the other.
+    mixed: bool,
 }
 
 /// A counter's value a second ago, and how fast it went on since the one before.
@@ -103,13 +176,20 @@ pub struct Books {
     /// Nothing in the kernel counts rules: what a worker saw is all that is known.
     without_bpf: bool,
     ledgers: BTreeMap<WorkerId, (Ledger, OwnedFd)>,
-    /// What a slot had counted when its rule or output got it.
-    rule_bases: HashMap<RuleSlot, RuleTotals>,
+    tenants: HashMap<RuleSlot, Tenant>,
+    /// What rules were steered of each interface that are gone, and whose slots others have.
+    former_tenants: HashMap<InterfaceName, u64>,
+    /// What a slot had counted when its output got it.
     output_bases: HashMap<OutputSlot, OutputTotals>,
     /// What programs counted that are no longer attached.
-    former_rules: HashMap<RuleSlot, RuleTotals>,
+    former_rules: HashMap<RuleSlot, RuleCounters>,
     former_verdicts: BTreeMap<(InterfaceName, Datapath), BTreeMap<&'static str, u64>>,
     former_steered: BTreeMap<(InterfaceName, QueueId), u64>,
+    /// Which worker serves a queue, or did last, and which of its own queues that is.
+    served: BTreeMap<(InterfaceName, QueueId), (WorkerId, usize)>,
+    /// What the kernel had counted of rules when they were looked at last, and the verdicts then.
+    kernel: HashMap<RuleSlot, RuleCounters>,
+    verdicts: HashMap<InterfaceName, equations::Mark>,
     /// What the kernel counted of each packet socket that there is, and of those that there were.
     packets: BTreeMap<WorkerId, PacketStatistics>,
     former_packets: BTreeMap<WorkerId, PacketStatistics>,
@@ -125,6 +205,17 @@ fn verdicts_of(datapath: Datapath) -> u32 {
     if datapath == Datapath::AfPacket { verdicts_of::FILTER } else { verdicts_of::XDP }
 }
 
+fn add_rule(sum: &mut RuleCounters, counters: &RuleCounters) {
+    sum.matched += counters.matched;
+    sum.no_worker += counters.no_worker;
+    sum.looped += counters.looped;
+}
+
+/// Datagrams of a rule that went on to its workers.
+fn steered_of(counters: &RuleCounters) -> u64 {
+    counters.matched.saturating_sub(counters.no_worker + counters.looped)
+}
+
 /// The prepared interfaces.
 pub type Programs = BTreeMap<InterfaceName, Steering>;
 
@@ -134,11 +225,15 @@ impl Books {
             layout,
             without_bpf,
             ledgers: BTreeMap::new(),
-            rule_bases: HashMap::new(),
+            tenants: HashMap::new(),
+            former_tenants: HashMap::new(),
             output_bases: HashMap::new(),
             former_rules: HashMap::new(),
             former_verdicts: BTreeMap::new(),
             former_steered: BTreeMap::new(),
+            served: BTreeMap::new(),
+            kernel: HashMap::new(),
+            verdicts: HashMap::new(),
             packets: BTreeMap::new(),
             former_packets: BTreeMap::new(),
             sampled: Instant::now(),
@@ -164,8 +259,7 @@ impl Books {
     /// Starts the counters of a new rule, and of outputs that are new in it, at zero.
     pub fn open(&mut self, entry: &Entry, new_rule: bool, new_outputs: &[OutputSlot], programs: &Programs) {
         if new_rule {
-            self.rule_bases
-                .insert(entry.slot, self.raw_rule(entry.slot, &entry.rule.input.interface, programs));
+            self.let_slot(entry, programs);
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
@@ -175,9 +269,37 @@ impl Books {
         }
     }
 
+    /// Gives a rule its slot, whose last tenant is gone for good.
+    fn let_slot(&mut self, entry: &Entry, programs: &Programs) {
+        let input = &entry.rule.input;
+        if let Some(former) = self.tenants.remove(&entry.slot) {
+            let kernel = self.kernel_rule(entry.slot, &former.interface, programs).unwrap_or_default();
+            let steered = steered_of(&kernel).saturating_sub(steered_of(&former.kernel_base));
+            *self.former_tenants.entry(former.interface).or_default() += steered;
+        }
+        let kernel_base = self.kernel_rule(entry.slot, &input.interface, programs).unwrap_or_default();
+        let base = self.raw_rule(entry.slot, kernel_base);
+        let group = (input.group, input.port);
+        let mut mixed = false;
+        for other in self.tenants.values_mut() {
+            if other.group == group && other.interface == input.interface {
+                (other.mixed, mixed) = (true, true);
+            }
+        }
+        let interface = input.interface.clone();
+        self.tenants.insert(entry.slot, Tenant { interface, group, base, kernel_base, mixed });
+        self.kernel.insert(entry.slot, kernel_base);
+    }
+
     pub fn rule(&self, entry: &Entry, programs: &Programs) -> RuleTotals {
-        let raw = self.raw_rule(entry.slot, &entry.rule.input.interface, programs);
-        let base = self.rule_bases.get(&entry.slot).copied().unwrap_or_default();
+        let kernel = self.kernel_rule(entry.slot, &entry.rule.input.interface, programs);
+        self.rule_since(entry.slot, kernel.unwrap_or_default())
+    }
+
+    /// What a rule has counted since it has its slot, with what the kernel has counted of the slot.
+    fn rule_since(&self, slot: RuleSlot, kernel: RuleCounters) -> RuleTotals {
+        let raw = self.raw_rule(slot, kernel);
+        let base = self.tenants.get(&slot).map(|tenant| tenant.base).unwrap_or_default();
         RuleTotals {
             matched: raw.matched - base.matched,
             no_worker: raw.no_worker - base.no_worker,
@@ -189,13 +311,23 @@ impl Books {
         }
     }
 
-    fn raw_rule(&self, slot: RuleSlot, interface: &InterfaceName, programs: &Programs) -> RuleTotals {
+    /// What the kernel has counted of a slot on an interface; none if that cannot be read now.
+    fn kernel_rule(
+        &self,
+        slot: RuleSlot,
+        interface: &InterfaceName,
+        programs: &Programs,
+    ) -> Option<RuleCounters> {
         let mut totals = self.former_rules.get(&slot).copied().unwrap_or_default();
-        if let Some(Ok(counters)) = programs.get(interface).map(|program| program.rule(slot)) {
-            totals.matched += counters.matched;
-            totals.no_worker += counters.no_worker;
-            totals.looped += counters.looped;
+        if let Some(program) = programs.get(interface) {
+            add_rule(&mut totals, &program.rule(slot).ok()?);
         }
+        Some(totals)
+    }
+
+    fn raw_rule(&self, slot: RuleSlot, kernel: RuleCounters) -> RuleTotals {
+        let RuleCounters { matched, no_worker, looped, .. } = kernel;
+        let mut totals = RuleTotals { matched, no_worker, looped, ..RuleTotals::default() };
         for (ledger, _) in self.ledgers.values() {
             let counters = ledger.rule(slot);
             totals.received += counters.received.get();
@@ -228,7 +360,6 @@ impl Books {
         let mut totals = OutputTotals::default();
         for (ledger, _) in self.ledgers.values() {
             let counters = ledger.output(slot);
-            totals.received += counters.received.get();
             totals.sent += counters.sent.get();
             totals.sent_bytes += counters.sent_bytes.get();
             totals.retried += counters.retried.get();
@@ -236,6 +367,8 @@ impl Books {
             for (total, counter) in totals.dropped.iter_mut().zip(&counters.dropped) {
                 *total += counter.get();
             }
+            // Last: what came since the others were read shows as in flight.
+            totals.received += counters.received.get();
         }
         totals
     }
@@ -247,32 +380,41 @@ impl Books {
         datapath: Datapath,
         programs: &Programs,
     ) -> InterfaceTotals {
+        let mut totals = self.taken_in(interface, datapath);
+        self.count_steered(&mut totals, interface, datapath, programs);
+        totals
+    }
+
+    /// What the workers of an interface took out of their sockets, or lost there.
+    fn taken_in(&self, interface: &InterfaceName, datapath: Datapath) -> InterfaceTotals {
+        let mut totals = InterfaceTotals::default();
+        for (_, (ledger, _)) in self.ledgers.iter().filter(|(id, _)| id.is_of(interface, datapath)) {
+            for index in 0..self.layout.queues as usize {
+                totals.add(ledger.queue(index));
+            }
+        }
+        totals
+    }
+
+    /// What the programs made of an interface's frames, and what its packet sockets lost.
+    fn count_steered(
+        &self,
+        totals: &mut InterfaceTotals,
+        interface: &InterfaceName,
+        datapath: Datapath,
+        programs: &Programs,
+    ) {
         let former = self.former_verdicts.get(&(interface.clone(), datapath));
-        let mut totals =
-            InterfaceTotals { verdicts: former.cloned().unwrap_or_default(), ..InterfaceTotals::default() };
+        totals.verdicts = former.cloned().unwrap_or_default();
         let counted_by = verdicts_of(datapath);
         if let Some(Ok(verdicts)) = programs.get(interface).map(|program| program.verdicts(counted_by)) {
             for (name, count) in verdicts {
                 *totals.verdicts.entry(name).or_default() += count;
             }
         }
-        let its = |id: &WorkerId| id.interface == *interface && id.datapath == datapath;
-        for (_, (ledger, _)) in self.ledgers.iter().filter(|(id, _)| its(id)) {
-            for index in 0..self.layout.queues as usize {
-                let queue = ledger.queue(index);
-                totals.received += queue.received.get();
-                totals.rx_dropped += queue.rx_dropped.get();
-                totals.fill_ring_empty += queue.fill_ring_empty.get();
-                totals.rx_ring_full += queue.rx_ring_full.get();
-                totals.worker_died += queue.worker_died.get();
-                totals.no_rule += queue.no_rule.get();
-                totals.refused += queue.refused.get();
-                totals.cut += queue.cut.get();
-                totals.held += queue.held.get();
-            }
-        }
-        let packets = self.packets.iter().chain(&self.former_packets).filter(|(id, _)| its(id));
-        let (admitted, dropped) = packets.fold((0, 0), |(admitted, dropped), (_, counted)| {
+        let packets = self.packets.iter().chain(&self.former_packets);
+        let its = packets.filter(|(id, _)| id.is_of(interface, datapath));
+        let (admitted, dropped) = its.fold((0, 0), |(admitted, dropped), (_, counted)| {
             (admitted + counted.admitted, dropped + counted.dropped)
         });
         totals.packet_ring_full = dropped;
@@ -280,7 +422,45 @@ impl Books {
             // Without eBPF this is all that the kernel tells.
             totals.verdicts.insert("steered", admitted);
         }
-        totals
+    }
+
+    /// Takes note of the RX queues that a worker serves.
+    pub fn serves(&mut self, id: &WorkerId, queues: &[u32]) {
+        let queues = queues.iter().map(|&queue| (id.interface.clone(), QueueId(queue)));
+        self.served.extend(queues.zip((0..).map(|index| (id.clone(), index))));
+    }
+
+    /// What was counted of each RX queue or packet socket of an interface.
+    pub fn queues(
+        &self,
+        interface: &InterfaceName,
+        datapath: Datapath,
+        programs: &Programs,
+    ) -> Vec<QueueTotals> {
+        let count = |queue, worker: &WorkerId, index, steered, dropped| {
+            let mut totals = InterfaceTotals { packet_ring_full: dropped, ..InterfaceTotals::default() };
+            if let Some((ledger, _)) = self.ledgers.get(worker) {
+                totals.add(ledger.queue(index));
+            }
+            QueueTotals { queue, worker: worker.clone(), steered, totals }
+        };
+        if datapath == Datapath::AfPacket {
+            let its = self.ledgers.keys().filter(|id| id.is_of(interface, datapath));
+            return its
+                .map(|id| {
+                    let counted = [&self.packets, &self.former_packets].map(|of| of.get(id).copied());
+                    let counted = counted.into_iter().flatten();
+                    let (admitted, dropped) =
+                        counted.fold((0, 0), |sum, of| (sum.0 + of.admitted, sum.1 + of.dropped));
+                    count(id.index, id, 0, admitted, dropped)
+                })
+                .collect();
+        }
+        let its = self.served.iter().filter(|((name, _), _)| name == interface);
+        its.map(|((_, queue), (worker, index))| {
+            count(queue.0, worker, *index, self.steered(interface, *queue, programs), 0)
+        })
+        .collect()
     }
 
     /// Interfaces of which something was counted, with their datapaths.
@@ -358,13 +538,11 @@ impl Books {
     }
 
     /// Keeps what a program counted that is about to be detached.
-    pub fn program_ends(&mut self, interface: &InterfaceName, program: &Steering, state: &State) {
-        for entry in state.rules().iter().filter(|entry| entry.rule.input.interface == *interface) {
-            if let Ok(counters) = program.rule(entry.slot) {
-                let former = self.former_rules.entry(entry.slot).or_default();
-                former.matched += counters.matched;
-                former.no_worker += counters.no_worker;
-                former.looped += counters.looped;
+    pub fn program_ends(&mut self, interface: &InterfaceName, program: &Steering) {
+        self.verdicts.remove(interface);
+        for (slot, _) in self.tenants.iter().filter(|(_, tenant)| tenant.interface == *interface) {
+            if let Ok(counters) = program.rule(*slot) {
+                add_rule(self.former_rules.entry(*slot).or_default(), &counters);
             }
         }
         for datapath in [Datapath::AfXdp, Datapath::AfPacket] {

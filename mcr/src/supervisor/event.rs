@@ -18,6 +18,13 @@ pub struct WorkerId {
     pub index: u32,
 }
 
+impl WorkerId {
+    /// Whether it serves a datapath of an interface.
+    pub fn is_of(&self, interface: &InterfaceName, datapath: Datapath) -> bool {
+        self.interface == *interface && self.datapath == datapath
+    }
+}
+
 impl fmt::Display for WorkerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = if self.datapath == Datapath::AfPacket { "packet" } else { "xdp" };

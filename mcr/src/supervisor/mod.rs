@@ -1,10 +1,13 @@
 //! The privileged half of the daemon: rules, eBPF objects, memberships, worker processes, control socket.
 //! It touches no packet.
 
+mod alarms;
 mod answers;
+mod balance;
 mod books;
 mod commands;
 mod configuration;
+mod devices;
 pub mod event;
 mod host;
 mod journal;

@@ -22,6 +22,7 @@ use crate::{
     api::{
         server::{self, Call},
         socket::{self, ControlLock},
+        wire::{Alarm, Request},
     },
     config::Config,
     datapath::{self, af_packet, af_xdp, budget},
@@ -37,8 +38,10 @@ use crate::{
     ruleset::{Entry, OUTPUTS_PER_RULE},
     supervisor::{
         Launch,
+        balance::{Balance, Subject},
         books::{Books, Programs},
         configuration::{Configuration, overdue},
+        devices::Devices,
         event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
         host::{self, Namespace},
         journal::Journal,
@@ -60,6 +63,10 @@ use crate::{
 /// Calls that wait for the supervisor.
 const CALLS: usize = 256;
 
+/// How often the counters of the devices are read where nobody asks: what was lost since then is not known of
+/// a device that goes.
+const DEVICES_PERIOD: Duration = Duration::from_secs(10);
+
 /// A worker's packet socket.
 pub struct PacketIngress {
     pub socket: PacketSocket,
@@ -68,12 +75,21 @@ pub struct PacketIngress {
     base: u64,
 }
 
+impl PacketIngress {
+    pub fn slots(&self) -> u64 {
+        self.ring.slots().into()
+    }
+}
+
 /// Everything that the supervisor owns.
 pub struct Daemon {
     pub settings: Settings,
     pub state: State,
     pub programs: Programs,
     pub books: Books,
+    pub balance: Balance,
+    pub alarms: BTreeMap<Subject, Alarm>,
+    pub devices: Devices,
     pub log: LogControl,
     pub since: SystemTime,
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
@@ -103,38 +119,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         anyhow::bail!("--user is for root: leave it out, the daemon runs as user {} then", geteuid());
     }
     let object = Object::open(settings.bpf_object.as_deref())?;
-    host::check_io_uring()?;
-    datapath::check_built(settings.datapath)?;
-    if let Some(rx_ring) = settings.rx_ring.filter(|places| *places > settings.frames) {
-        let frames = settings.frames;
-        anyhow::bail!("--rx-ring {rx_ring} has more places than there are frames: at most --frames {frames}");
-    }
-    let no_bpf = host::check_bpf(&object).err().map(|error| format!("{error:#}"));
-    let named = settings.datapath.0;
-    match &no_bpf {
-        Some(why) if named == Some(Datapath::AfXdp) => anyhow::bail!("{why}"),
-        Some(why) if named.is_none() => warn!("every rule goes by af-packet, with a classic filter: {why}"),
-        _ => {}
-    }
-    let cpus = match &settings.cpus {
-        Some(cpus) => {
-            host::check_cpus(cpus)?;
-            cpus.clone()
-        }
-        None => host::default_cpus(),
-    };
-    let limits = Limits {
-        max_rules: settings.max_rules,
-        workers: settings.workers.map(std::num::NonZeroU32::get),
-        cpus,
-        cpus_chosen: settings.cpus.is_some(),
-        source_port: 0,
-        frames: settings.frames,
-        max_run: host::max_run(),
-        host: host::limits(),
-        no_bpf,
-    };
-    check_budget(&limits, named)?;
+    let limits = limits(&settings, &object)?;
     let lock = ControlLock::acquire(&settings.control)?;
     let namespace = host::claim_namespace(&settings.pin_root, limits.no_bpf.is_none())?;
     if geteuid().is_root() {
@@ -169,6 +154,9 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
     let (ends, ended) = mpsc::unbounded_channel();
     let mut daemon = Daemon {
         books: Books::new(layout, limits.no_bpf.is_some()),
+        balance: Balance::default(),
+        alarms: BTreeMap::new(),
+        devices: Devices::new(links.reader()),
         state: State::new(limits),
         programs: Programs::new(),
         log,
@@ -200,6 +188,43 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
     daemon.serve(listener, (links, neighbours), incoming, ended).await?;
     leave(namespace, lock);
     Ok(())
+}
+
+/// What the settings and this host give, or why they give too little.
+fn limits(settings: &Settings, object: &Object) -> anyhow::Result<Limits> {
+    host::check_io_uring()?;
+    datapath::check_built(settings.datapath)?;
+    if let Some(rx_ring) = settings.rx_ring.filter(|places| *places > settings.frames) {
+        let frames = settings.frames;
+        anyhow::bail!("--rx-ring {rx_ring} has more places than there are frames: at most --frames {frames}");
+    }
+    let no_bpf = host::check_bpf(object).err().map(|error| format!("{error:#}"));
+    let named = settings.datapath.0;
+    match &no_bpf {
+        Some(why) if named == Some(Datapath::AfXdp) => anyhow::bail!("{why}"),
+        Some(why) if named.is_none() => warn!("every rule goes by af-packet, with a classic filter: {why}"),
+        _ => {}
+    }
+    let cpus = match &settings.cpus {
+        Some(cpus) => {
+            host::check_cpus(cpus)?;
+            cpus.clone()
+        }
+        None => host::default_cpus(),
+    };
+    let limits = Limits {
+        max_rules: settings.max_rules,
+        workers: settings.workers.map(std::num::NonZeroU32::get),
+        cpus,
+        cpus_chosen: settings.cpus.is_some(),
+        source_port: 0,
+        frames: settings.frames,
+        max_run: host::max_run(),
+        host: host::limits(),
+        no_bpf,
+    };
+    check_budget(&limits, named)?;
+    Ok(limits)
 }
 
 /// Refuses to start where not even one interface with one RX queue a worker would fit.
@@ -270,6 +295,8 @@ impl Daemon {
         second.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut quarter = interval(Duration::from_millis(250));
         quarter.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut devices = interval(DEVICES_PERIOD);
+        devices.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
 
         self.read_links(&links).await;
@@ -284,14 +311,20 @@ impl Daemon {
                     let _ = self.roll_back().await;
                 }
                 () = stop.notified() => break,
-                Some(call) = called.recv() => self.answer(call).await,
+                Some(call) = called.recv() => {
+                    if matches!(call.request, Request::Stats(_)) {
+                        self.read_devices().await;
+                    }
+                    self.answer(call).await;
+                }
                 Some(event) = incoming.recv() => self.take(event).await,
                 Some(end) = ended.recv() => self.bury(end).await,
+                _ = devices.tick() => self.read_devices().await,
                 () = links.changed() => self.read_links(&links).await,
                 () = neighbours.changed() => {}
                 _ = second.tick() => {
                     self.end_hung_workers();
-                    self.read_packet_statistics();
+                    self.check_ledger();
                     self.clear_socket_errors();
                     self.books.sample(&self.state);
                     if self.state.awaits_slot() {
@@ -338,6 +371,13 @@ impl Daemon {
     pub fn read_packet_statistics(&mut self) {
         for (id, ingress) in &mut self.packet_sockets {
             self.books.packets_counted(id, ingress.socket.statistics());
+        }
+    }
+
+    /// Takes note of what the devices of the rules have lost.
+    async fn read_devices(&mut self) {
+        if let Err(error) = self.devices.read(&self.state).await {
+            debug!(%error, "the counters of the devices cannot be read");
         }
     }
 
@@ -402,12 +442,8 @@ impl Daemon {
 
     /// Says what has changed of the interfaces that rules name.
     fn log_changes(&self, now: &Links) {
-        let rules = self.state.rules().iter().map(|entry| &entry.rule);
-        let named = rules.flat_map(|rule| {
-            rule.outputs.iter().map(|output| &output.interface).chain([&rule.input.interface])
-        });
         let before = self.state.links();
-        for interface in named.collect::<BTreeSet<_>>() {
+        for interface in self.state.rules().interfaces() {
             match (before.get(interface), now.get(interface)) {
                 (Some(_), None) => warn!(%interface, "interface is gone"),
                 (None, Some(_)) => info!(%interface, "interface is there"),
@@ -463,6 +499,9 @@ impl Daemon {
             let plan = self.state.plan();
             if plan.is_empty() {
                 self.warn_of_fallbacks();
+                if self.devices.awaits(&self.state) {
+                    self.read_devices().await;
+                }
                 return;
             }
             for effect in plan {
@@ -522,7 +561,7 @@ impl Daemon {
                     stays
                 });
                 if let Some(program) = self.programs.remove(interface) {
-                    self.books.program_ends(interface, &program, &self.state);
+                    self.books.program_ends(interface, &program);
                 }
                 Ok(())
             }
@@ -654,6 +693,7 @@ impl Daemon {
         let worker = self.workers.entry(id.clone()).insert_entry(worker).into_mut();
         match sockets {
             Ok(sockets) if sockets.len() == spec.source.queues().len() => {
+                self.books.serves(id, spec.source.queues());
                 worker.hold(spec.source.queues().iter().copied().map(QueueId).zip(sockets).collect());
                 info!(worker = %id, pid, queues = ?spec.source.queues(), cpu = spec.cpu, "worker started");
                 Ok(())

@@ -13,6 +13,9 @@ pub const DEFAULT_CONTROL: &str = "/run/mcr/mcr.sock";
 /// Under which pins stand unless it is said otherwise.
 pub const DEFAULT_PIN_ROOT: &str = "/sys/fs/bpf/mcr";
 
+/// When a rule counts as stalled unless it is said otherwise.
+pub const DEFAULT_STALLED_AFTER_S: u32 = 10;
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// For rules that do not name one.
@@ -39,6 +42,8 @@ pub struct Settings {
     /// Source port of what is sent; chosen once if none.
     pub source_port: Option<u16>,
     pub max_rules: u32,
+    /// Seconds without a datagram after which a rule that had some counts as stalled.
+    pub stalled_after_s: u32,
     /// eBPF object in place of the embedded one.
     pub bpf_object: Option<PathBuf>,
     pub log_format: LogFormat,
@@ -47,7 +52,7 @@ pub struct Settings {
 
 impl Settings {
     /// Each setting by its key in `[daemon]`, with its value as TOML unless it is left to the daemon.
-    pub fn named(&self) -> [(&'static str, Option<String>); 16] {
+    pub fn named(&self) -> [(&'static str, Option<String>); 17] {
         let text = |text: &dyn fmt::Display| Some(Value::String(text.to_string()).to_string());
         let cpus = self.cpus.as_ref().map(|cpus| ranges(cpus));
         let format = self.log_format.to_possible_value().map(|value| value.get_name().to_owned());
@@ -65,6 +70,7 @@ impl Settings {
             ("pin_root", text(&self.pin_root.display())),
             ("source_port", self.source_port.map(|port| port.to_string())),
             ("max_rules", Some(self.max_rules.to_string())),
+            ("stalled_after", Some(self.stalled_after_s.to_string())),
             ("bpf_object", self.bpf_object.as_ref().and_then(|object| text(&object.display()))),
             ("log_format", format.and_then(|format| text(&format))),
             ("log_level", text(&self.log_level)),

@@ -213,6 +213,13 @@ impl State {
         &self.actual.workers
     }
 
+    /// Whether every worker of an interface that is to run relays.
+    pub fn is_steady(&self, interface: &InterfaceName) -> bool {
+        let waits = self.mishaps.iter().any(|(id, mishaps)| id.interface == *interface && mishaps.waiting);
+        let mut its = self.actual.workers.iter().filter(|(id, _)| id.interface == *interface);
+        !waits && its.all(|(_, running)| running.steered && !running.failed)
+    }
+
     pub fn mishaps(&self, id: &WorkerId) -> Mishaps {
         self.mishaps.get(id).cloned().unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! What only ethtool's ioctl tells of an interface: its driver and the RX queues in use.
+//! What only ethtool's ioctl tells of an interface: its driver, the RX queues in use, the driver's statistics.
 
 use std::{ffi::CStr, mem::zeroed, os::fd::AsRawFd};
 
@@ -7,7 +7,17 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use crate::rule::InterfaceName;
 
 const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GSTRINGS: u32 = 0x1b;
+const ETHTOOL_GSTATS: u32 = 0x1d;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
+const ETH_SS_STATS: u32 = 1;
+
+/// Bytes of a statistic's name.
+const NAME_BYTES: usize = 32;
+
+/// Room for statistics that are added, as with more queues, between asking how many there are and reading them: the
+/// kernel writes as many as there are.
+const ROOM: usize = 4096;
 
 /// `struct ethtool_channels` of `linux/ethtool.h`.
 #[repr(C)]
@@ -29,7 +39,9 @@ struct DriverInfo {
     driver: [u8; 32],
     versions: [u8; 64],
     bus: [u8; 32],
-    rest: [u8; 64],
+    before_stats: [u8; 48],
+    stats: u32,
+    rest: [u8; 12],
 }
 
 /// RX queues in use, or `None` if the driver does not say.
@@ -39,28 +51,80 @@ pub fn rx_queues(interface: &InterfaceName) -> Option<u32> {
     Some(answer.rx + answer.combined).filter(|&queues| queues > 0)
 }
 
+/// The driver's statistics by name, none if it has none.
+pub fn statistics(interface: &InterfaceName) -> Vec<(String, u64)> {
+    read_statistics(interface).unwrap_or_default()
+}
+
+fn read_statistics(interface: &InterfaceName) -> Option<Vec<(String, u64)>> {
+    let count = driver_info(interface)?.stats as usize;
+    if count == 0 {
+        return None;
+    }
+    // `struct ethtool_gstrings` and `struct ethtool_stats`: three words and two before what they hold.
+    let names = list(interface, [ETHTOOL_GSTRINGS, ETH_SS_STATS], 12 + (count + ROOM) * NAME_BYTES)?;
+    let values = list(interface, [ETHTOOL_GSTATS, 0], 8 + (count + ROOM) * 8)?;
+    let names = names[12..].chunks_exact(NAME_BYTES).map(|bytes| {
+        let name = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(name).trim().to_owned()
+    });
+    let (values, _) = values[8..].as_chunks();
+    Some(names.zip(values.iter().map(|&bytes| u64::from_ne_bytes(bytes))).take(count).collect())
+}
+
+/// What the driver answers with a list, in `bytes` that begin with a command and an argument.
+fn list(interface: &InterfaceName, head: [u32; 2], bytes: usize) -> Option<Vec<u8>> {
+    let mut buffer = vec![0; bytes];
+    buffer[..4].copy_from_slice(&head[0].to_ne_bytes());
+    buffer[4..8].copy_from_slice(&head[1].to_ne_bytes());
+    // SAFETY: the buffer begins with the command, and has room for more than the driver said it has.
+    unsafe { ioctl(interface, buffer.as_mut_ptr().cast()) }.then_some(buffer)
+}
+
+fn driver_info(interface: &InterfaceName) -> Option<DriverInfo> {
+    let request = DriverInfo {
+        cmd: ETHTOOL_GDRVINFO,
+        driver: [0; 32],
+        versions: [0; 64],
+        bus: [0; 32],
+        before_stats: [0; 48],
+        stats: 0,
+        rest: [0; 12],
+    };
+    call(interface, request)
+}
+
 /// The driver's name, and the device's place on its bus, like `0000:3b:00.0`.
 pub fn driver(interface: &InterfaceName) -> Option<(String, String)> {
-    let request =
-        DriverInfo { cmd: ETHTOOL_GDRVINFO, driver: [0; 32], versions: [0; 64], bus: [0; 32], rest: [0; 64] };
-    let answer = call(interface, request)?;
+    let answer = driver_info(interface)?;
     let text = |bytes| CStr::from_bytes_until_nul(bytes).ok()?.to_str().ok().map(str::to_owned);
     Some((text(&answer.driver)?, text(&answer.bus)?)).filter(|(driver, _)| !driver.is_empty())
 }
 
 /// Hands a request structure to the interface's driver, which answers in place.
 fn call<T: Copy>(interface: &InterfaceName, mut request: T) -> Option<T> {
-    let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).ok()?;
+    // SAFETY: the request starts with the command that names its shape; both structures are laid out as the
+    // kernel's.
+    unsafe { ioctl(interface, (&raw mut request).cast()) }.then_some(request)
+}
+
+/// Whether the driver answered.
+///
+/// # Safety
+///
+/// The request must begin with a command of ethtool's and be as long as the kernel takes it to be, answer included.
+unsafe fn ioctl(interface: &InterfaceName, request: *mut libc::c_char) -> bool {
+    let Ok(any) = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None) else {
+        return false;
+    };
     // SAFETY: all zeroes is an ifreq.
     let mut ifreq = unsafe { zeroed::<libc::ifreq>() };
     for (to, from) in ifreq.ifr_name.iter_mut().zip(interface.as_str().bytes()) {
         *to = from as libc::c_char;
     }
-    ifreq.ifr_ifru.ifru_data = (&raw mut request).cast();
-    // SAFETY: the kernel reads and writes the request, which starts with the command that names its
-    // shape; both structures are laid out as the kernel's.
-    let result = unsafe { libc::ioctl(any.as_raw_fd(), libc::SIOCETHTOOL as libc::Ioctl, &raw mut ifreq) };
-    (result == 0).then_some(request)
+    ifreq.ifr_ifru.ifru_data = request;
+    // SAFETY: the kernel reads and writes the request, as the caller has made sure that it may.
+    unsafe { libc::ioctl(any.as_raw_fd(), libc::SIOCETHTOOL as libc::Ioctl, &raw mut ifreq) == 0 }
 }
 
 const _: () = assert!(size_of::<Channels>() == 36 && size_of::<DriverInfo>() == 196);
