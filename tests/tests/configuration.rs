@@ -89,7 +89,9 @@ impl Streams {
     }
 
     fn play_on(&self) {
-        self.0.iter().for_each(|source| source.wait_for_more(200));
+        for source in &self.0 {
+            source.wait_for_more(200);
+        }
     }
 
     fn assert_exact(self, relay: &Relay, sink: &mut tests::Capture) {
@@ -108,7 +110,9 @@ fn eight() -> String {
 }
 
 fn wait_until_all_joined(site: &Site) {
-    (1..=8).for_each(|n| site.segments[0].wait_until_joined([239, 1, 1, n].into()));
+    for n in 1..=8 {
+        site.segments[0].wait_until_joined([239, 1, 1, n].into());
+    }
 }
 
 fn reloads_under_eight_streams_lose_nothing() {
@@ -265,7 +269,9 @@ fn saving_and_loading_gives_back_exactly_what_ran() {
         ("waits", "239.1.1.5:5000@not-there", &["239.2.2.5:6000@out1"], &["--datapath", "af-packet"]),
     ] {
         let mut call = vec!["rule", "add", name, "--in", input];
-        outputs.iter().for_each(|output| call.extend(["--out", output]));
+        for output in outputs {
+            call.extend(["--out", output]);
+        }
         call.extend(args);
         relay.cli(&call).ok();
     }
@@ -385,7 +391,9 @@ fn rules_are_saved_in_a_fragment_of_mcrs_own_and_no_other_file_is_written() {
     // Nothing but files is left to know of them.
     fs::remove_file(site.scratch.dir().join("mcr.sock.journal")).unwrap();
     relay.start_again_with(&site, &["--config", &files.path("mcr.toml")]);
-    before.iter().for_each(|rule| drop(relay.wait_until_active(&rule.name)));
+    for rule in &before {
+        relay.wait_until_active(&rule.name);
+    }
     assert_eq!(relay.show_all(), before);
     assert_eq!((files.read("mcr.toml"), files.read("rules.d/10-team.toml")), (by_hand, rule("team", 2)));
     // What cannot be read is not written over.
