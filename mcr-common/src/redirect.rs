@@ -141,10 +141,12 @@ impl Tag {
 
     #[inline(always)]
     pub const fn from_words(words: [u16; TAG_WORDS]) -> Self {
-        let [a, b, c, d, e, f] = words;
         Self {
-            sequence: a as u64 | (b as u64) << 16 | (c as u64) << 32 | (d as u64) << 48,
-            fan: e as u32 | (f as u32) << 16,
+            sequence: words[0] as u64
+                | (words[1] as u64) << 16
+                | (words[2] as u64) << 32
+                | (words[3] as u64) << 48,
+            fan: words[4] as u32 | (words[5] as u32) << 16,
         }
     }
 }
@@ -247,18 +249,16 @@ pub fn rewrite(headers: &mut Headers, output: &Rewrite) -> Result<(), Refusal> {
 #[inline(always)]
 fn udp_checksum(headers: &Headers, output: &Rewrite) -> u16 {
     let checksum = headers[UDP_CHECKSUM];
-    let addresses = sum(&[
-        headers[SOURCE],
-        headers[SOURCE + 1],
-        headers[DESTINATION],
-        headers[DESTINATION + 1],
-    ]);
-    let pseudo_header = addresses + u32::from(u16::from_ne_bytes([0, PROTOCOL_UDP])) + u32::from(headers[UDP_LEN]);
+    let addresses =
+        sum(&[headers[SOURCE], headers[SOURCE + 1], headers[DESTINATION], headers[DESTINATION + 1]]);
+    let pseudo_header =
+        addresses + u32::from(u16::from_ne_bytes([0, PROTOCOL_UDP])) + u32::from(headers[UDP_LEN]);
     if checksum == 0 || checksum == fold(pseudo_header) {
         return 0;
     }
     let former = fold(addresses + sum(&[headers[SOURCE_PORT], headers[DESTINATION_PORT]]));
-    let new = sum(&words(output.source)) + sum(&words(output.destination))
+    let new = sum(&words(output.source))
+        + sum(&words(output.destination))
         + u32::from(u16::from_ne_bytes(output.source_port))
         + u32::from(u16::from_ne_bytes(output.destination_port));
     match !fold(u32::from(!checksum) + u32::from(!former) + new) {
@@ -269,14 +269,16 @@ fn udp_checksum(headers: &Headers, output: &Rewrite) -> u16 {
 
 #[inline(always)]
 const fn words(address: [u8; 4]) -> [u16; 2] {
-    let [a, b, c, d] = address;
-    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
+    [u16::from_ne_bytes([address[0], address[1]]), u16::from_ne_bytes([address[2], address[3]])]
 }
 
 #[inline(always)]
 const fn mac(address: [u8; 6]) -> [u16; 3] {
-    let [a, b, c, d, e, f] = address;
-    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]), u16::from_ne_bytes([e, f])]
+    [
+        u16::from_ne_bytes([address[0], address[1]]),
+        u16::from_ne_bytes([address[2], address[3]]),
+        u16::from_ne_bytes([address[4], address[5]]),
+    ]
 }
 
 #[inline(always)]
@@ -284,7 +286,7 @@ fn sum<const N: usize>(words: &[u16; N]) -> u32 {
     let mut sum = 0;
     let mut word = 0;
     while word < N {
-        sum += words[word] as u32;
+        sum += u32::from(words[word]);
         word += 1;
     }
     sum
