@@ -4,3 +4,4 @@ pub mod egress_socket;
 pub mod links;
 pub mod membership;
 pub mod packet_socket;
+pub mod redirect_target;

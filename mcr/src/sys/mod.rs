@@ -4,6 +4,7 @@ pub mod channel;
 pub mod cpu_list;
 pub mod ethtool;
 pub mod multicast;
+pub mod netdev;
 pub mod privileges;
 pub mod seccomp;
 pub mod socket_option;
