@@ -244,7 +244,9 @@ impl Redirect {
         for (slot, device) in set.outputs {
             *self.received.entry(slot).or_default() += frames - set.base;
             match self.chains.remove(&ChainKey { fan, device: device.0 }) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Ok(()) => {}
+                // Several outputs on one device share a chain.
+                Err(error) if errno(&error) == Some(libc::ENOENT) => {}
                 Err(error) => return Err(access(map::CHAINS, "written")(error).into()),
             }
         }
