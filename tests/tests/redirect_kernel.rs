@@ -13,7 +13,7 @@ use mcr::{
     datapath::redirect::{Egress, rewrite},
     ebpf::{
         Object, Placement, Steering,
-        redirect::{RedirectOutput, RedirectTotals},
+        redirect::{RedirectError, RedirectOutput, RedirectTotals},
     },
     net::redirect_target::{NoTarget, takes_redirects},
     rule::{IfIndex, InterfaceName, Output, OutputSlot, RuleSlot},
@@ -110,7 +110,7 @@ impl Kernel {
 
     fn set(&mut self, rule: RuleSlot, outputs: &[RedirectOutput]) {
         let Self { steering, site, .. } = self;
-        site.relay.run(|| steering.set_outputs(rule, outputs)).unwrap();
+        site.relay.run(|| steering.set_outputs(&[(rule, outputs.to_vec())])).unwrap();
     }
 
     fn totals(&self, rule: RuleSlot, slot: u32) -> RedirectTotals {
@@ -316,7 +316,7 @@ fn outputs_change_under_load_and_no_datagram_is_lost_or_mixed_up() {
     kernel.set(ONE, &sets[0]);
     kernel.set(TWO, &steady);
     let mut captures = [kernel.site.capture(0), kernel.site.capture(1)];
-    let stream = |to| Stream { rate: 3_000, size: 200, ..Stream::to(to) };
+    let stream = |to| Stream { rate: 2_000, size: 200, ..Stream::to(to) };
     let sources = [GROUP_ONE, GROUP_TWO].map(|group| Source::start(kernel.site.source(), stream(group)));
     for round in 1..60 {
         sources[0].wait_for_more(50);
@@ -324,6 +324,10 @@ fn outputs_change_under_load_and_no_datagram_is_lost_or_mixed_up() {
     }
     let counts = sources.map(Source::stop);
 
+    // What the source's own cable may lose on a machine that is kept from its work is no loss of the relay's.
+    wait_until("every datagram has reached the relay", Duration::from_secs(5), || {
+        [ONE, TWO].map(|rule| kernel.rule(rule).redirected) == counts
+    });
     let to = |slot: u32| SocketAddrV4::new(Ipv4Addr::new(239, 3, 0, slot as u8), 6000);
     captures[0].at_least(to(7), counts[1] as usize);
     for (slot, sink) in [(6, 1), (7, 0), (8, 1)] {
@@ -331,7 +335,7 @@ fn outputs_change_under_load_and_no_datagram_is_lost_or_mixed_up() {
         assert_eq!(kernel.totals(TWO, slot), sent(counts[1], 200));
     }
     wait_until("every clone has left", Duration::from_secs(5), || {
-        (0..6).all(|slot| kernel.totals(ONE, slot).skipped() == 0) && kernel.rule(ONE).redirected == counts[0]
+        (0..6).all(|slot| kernel.totals(ONE, slot).skipped() == 0)
     });
     let mut datagrams: BTreeMap<u64, Vec<SocketAddrV4>> = BTreeMap::new();
     let mut by_output: BTreeMap<SocketAddrV4, u64> = BTreeMap::new();
@@ -376,20 +380,64 @@ fn an_interface_says_whether_it_takes_redirected_frames() {
 }
 
 #[test]
-fn an_egress_interface_that_is_gone_is_named_and_the_former_outputs_stay() {
+fn an_egress_interface_that_is_gone_is_named_and_nothing_changes() {
     let mut kernel = Kernel::start(1);
     kernel.add(ONE, GROUP_ONE);
     let good = kernel.output(0, "239.2.2.1:6000@out0");
     kernel.set(ONE, &[good]);
-    let gone = RedirectOutput { slot: OutputSlot(1), egress: IfIndex(9999), ..good };
+    let gone = RedirectOutput { slot: OutputSlot(2), egress: IfIndex(9999), ..good };
+    let other = RedirectOutput { slot: OutputSlot(3), ..good };
     let Kernel { steering, site, .. } = &mut kernel;
-    let refused = site.relay.run(|| steering.set_outputs(ONE, &[good, gone])).unwrap_err();
+    let mut set = |outputs: [Vec<_>; 2]| {
+        let [one, two] = outputs;
+        site.relay.run(|| steering.set_outputs(&[(ONE, one), (TWO, two)]))
+    };
+    let refused = set([vec![], vec![other, gone]]).unwrap_err();
+    assert!(matches!(refused, RedirectError::Gone { rule: TWO, egress: IfIndex(9999) }), "{refused}");
     assert_eq!(refused.to_string(), "the egress interface with index 9999 is gone");
+    let refused = set([vec![good, other], vec![gone]]).unwrap_err();
+    assert!(matches!(refused, RedirectError::Gone { rule: TWO, .. }), "{refused}");
     let mut capture = kernel.site.capture(0);
     let stream = Stream { count: 10, size: 100, ..Stream::to(GROUP_ONE) };
     Source::play(kernel.site.source(), stream);
     assert_sequence(&capture.exactly(address("239.2.2.1:6000"), 10), 0..10);
     assert_eq!(kernel.totals(ONE, 0), sent(10, 100));
+    assert_eq!(kernel.totals(ONE, 3), RedirectTotals::default());
+}
+
+#[test]
+fn the_outputs_of_many_rules_change_together() {
+    const RULES: u32 = 60;
+    let mut kernel = Kernel::start(2);
+    let group = |rule: u32| SocketAddrV4::new(Ipv4Addr::new(239, 1, 2, rule as u8), 5000);
+    let outputs: Vec<_> =
+        [0, 1].iter().map(|sink| kernel.output(0, &format!("239.4.4.4:6000@out{sink}"))).collect();
+    let changes = |turn: u32| -> Vec<(RuleSlot, Vec<RedirectOutput>)> {
+        let output = |rule, k: u32| RedirectOutput {
+            slot: OutputSlot(2 * rule + k),
+            ..outputs[((rule + k + turn) % 2) as usize]
+        };
+        (0..RULES).map(|rule| (RuleSlot(rule), vec![output(rule, 0), output(rule, 1)])).collect()
+    };
+    for rule in 0..RULES {
+        kernel.add(RuleSlot(rule), group(rule));
+    }
+    let sender = RawSender::new(kernel.site.source(), ETH);
+    let source = SocketAddrV4::new(kernel.site.segments[0].source_address, 999);
+    for turn in 1..4 {
+        let Kernel { steering, site, .. } = &mut kernel;
+        site.relay.run(|| steering.set_outputs(&changes(turn))).unwrap();
+        let mut captures = [0, 1].map(|sink| kernel.site.capture(sink));
+        for rule in 0..RULES {
+            sender.send(&Udp::new(source, group(rule)).payload(&[turn as u8; 20]).frame());
+        }
+        for capture in &mut captures {
+            capture.exactly(address("239.4.4.4:6000"), RULES as usize);
+        }
+        for slot in 0..2 * RULES {
+            assert_eq!(kernel.totals(RuleSlot(slot / 2), slot), sent(turn.into(), 20), "output {slot}");
+        }
+    }
 }
 
 #[test]

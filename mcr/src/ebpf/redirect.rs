@@ -1,15 +1,17 @@
 //! Where the kernel sends a rule's datagrams on by itself: the outputs of each rule, and their counters.
 //!
 //! A set of outputs is built in the one of the rule's two fans that is not in use, and takes over by the write of
-//! one byte: a frame meets the former set or the new one, whole. Giving a fan's devices up waits in the kernel until no
-//! program runs that might still use them (a map of maps waits for that), so what is retired is final.
+//! one byte: a frame meets the former set or the new one, whole. Changing a fan's devices waits in the kernel until no
+//! program runs that might still use the former ones (a map of maps does that), so what is retired is final.
 
-use std::{collections::BTreeMap, io};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use aya::{
-    maps::{
-        Array, ArrayOfMaps, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, xdp::DevMap,
-    },
+    maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, xdp::DevMap},
     programs::{ProgramError, ProgramFd},
     util::nr_cpus,
 };
@@ -24,7 +26,10 @@ use super::{
     MapAccessError, access, errno,
     steering::{Maps, PinError},
 };
-use crate::rule::{IfIndex, MAX_OUTPUTS, OutputSlot, RuleSlot};
+use crate::{
+    rule::{IfIndex, MAX_OUTPUTS, OutputSlot, RuleSlot},
+    sys::map_batch,
+};
 
 const _: () = assert!(MAX_OUTPUTS == MOST_OUTPUTS as usize);
 
@@ -34,8 +39,8 @@ pub enum RedirectError {
     Load(#[source] ProgramError),
     #[error("generic XDP tells the egress interfaces nothing: native XDP is needed on the ingress interface")]
     Generic,
-    #[error("the egress interface with index {} is gone", .0.0)]
-    Gone(IfIndex),
+    #[error("the egress interface with index {} is gone", .egress.0)]
+    Gone { rule: RuleSlot, egress: IfIndex },
     #[error(transparent)]
     Map(#[from] MapAccessError),
 }
@@ -75,13 +80,13 @@ struct Set {
 pub(super) struct Redirect {
     banks: Array<MapData, u32>,
     fans: PerCpuArray<MapData, Fan>,
-    devices: ArrayOfMaps<MapData, DevMap<MapData>>,
+    devices: MapData,
     records: Array<MapData, Record>,
     chains: PerCpuHashMap<MapData, ChainKey, Chain>,
     outputs: PerCpuHashMap<MapData, u32, OutputCounters>,
     cpus: usize,
     /// What stands in for the devices of a fan that is not in use; made when it is needed.
-    nowhere: Option<DevMap<MapData>>,
+    nowhere: Option<MapData>,
     /// Sets by fan.
     sets: BTreeMap<u32, Set>,
     /// The bank that a rule uses.
@@ -95,7 +100,10 @@ impl Redirect {
         Ok(Self {
             banks: maps.take(map::BANKS)?,
             fans: maps.take(map::FANS)?,
-            devices: maps.take(map::DEVICES)?,
+            devices: match maps.take_any(map::DEVICES)? {
+                Map::ArrayOfMaps(devices) => devices,
+                _ => return Err((map::DEVICES.into(), "it is no array of maps".to_owned())),
+            },
             records: maps.take(map::RECORDS)?,
             chains: maps.take(map::CHAINS)?,
             outputs: maps.take(map::OUTPUTS)?,
@@ -107,33 +115,30 @@ impl Redirect {
         })
     }
 
-    /// Replaces a rule's outputs. When it returns no frame leaves by the former ones any more.
+    /// Gives rules other outputs, or none. When it returns no frame leaves by the former ones any more.
     pub(super) fn set(
         &mut self,
         program: &ProgramFd,
-        rule: RuleSlot,
-        outputs: &[RedirectOutput],
+        changes: &[(RuleSlot, Vec<RedirectOutput>)],
     ) -> Result<(), RedirectError> {
-        let former = self.active.get(&rule).copied();
-        let bank = if former == Some(1) { 2 } else { 1 };
-        let fan = redirect::fan(rule.0, bank);
-        // It is in use only if a change before failed half-way.
-        self.retire(fan)?;
-        let devices = device_map(outputs, program)?;
-        self.fill(fan, bank, outputs)?;
-        self.devices.set(fan, &devices, 0).map_err(access(map::DEVICES, "written"))?;
-        self.switch(rule, bank)?;
-        if let Some(former) = former {
-            self.retire(redirect::fan(rule.0, former))?;
+        let spare = |redirect: &Self, rule| if redirect.active.get(&rule) == Some(&1) { 2 } else { 1 };
+        // They are in use only if a change before failed half-way.
+        self.retire(changes.iter().map(|(rule, _)| redirect::fan(rule.0, spare(self, *rule))).collect())?;
+        let mut new = Vec::with_capacity(changes.len());
+        for (rule, outputs) in changes.iter().filter(|(_, outputs)| !outputs.is_empty()) {
+            let bank = spare(self, *rule);
+            let fan = redirect::fan(rule.0, bank);
+            new.push((fan, device_map(*rule, outputs, program)?));
+            self.fill(fan, bank, outputs)?;
         }
-        Ok(())
-    }
-
-    /// Leaves a rule without outputs. When it returns no frame leaves by the former ones any more.
-    pub(super) fn clear(&mut self, rule: RuleSlot) -> Result<(), RedirectError> {
-        self.switch(rule, 0)?;
-        self.retire(redirect::fan(rule.0, 1))?;
-        self.retire(redirect::fan(rule.0, 2))
+        let places: Vec<_> = new.iter().map(|(fan, devices)| (*fan, devices.fd().as_fd())).collect();
+        self.place(&places)?;
+        let mut former = Vec::with_capacity(changes.len());
+        for (rule, outputs) in changes {
+            let bank = if outputs.is_empty() { 0 } else { spare(self, *rule) };
+            former.extend(self.switch(*rule, bank)?);
+        }
+        self.retire(former)
     }
 
     /// Totals of an output of a rule.
@@ -167,15 +172,21 @@ impl Redirect {
         Ok(totals)
     }
 
-    /// One byte differs between any two banks, so that no program sees half of the change.
-    fn switch(&mut self, rule: RuleSlot, bank: u32) -> Result<(), MapAccessError> {
+    /// Has a rule use one of its fans, or none; the one that it used. One byte differs between any two banks, so that no
+    /// program sees half of the change.
+    fn switch(&mut self, rule: RuleSlot, bank: u32) -> Result<Option<u32>, MapAccessError> {
         self.banks.set(rule.0, bank, 0).map_err(access(map::BANKS, "written"))?;
-        if bank == 0 {
-            self.active.remove(&rule);
-        } else {
-            self.active.insert(rule, bank);
-        }
-        Ok(())
+        let former = match bank {
+            0 => self.active.remove(&rule),
+            _ => self.active.insert(rule, bank),
+        };
+        Ok(former.map(|bank| redirect::fan(rule.0, bank)))
+    }
+
+    /// Gives fans their devices. Returns when every program that was running has ended.
+    fn place(&self, places: &[(u32, BorrowedFd<'_>)]) -> Result<(), MapAccessError> {
+        map_batch::set_inner_maps(self.devices.fd().as_fd(), places)
+            .map_err(|error| access(map::DEVICES, "written")(MapError::IoError(error)))
     }
 
     /// Writes records and chains of a fan that is not in use.
@@ -227,27 +238,31 @@ impl Redirect {
         Ok(PerCpuValues::try_from(vec![value; self.cpus])?)
     }
 
-    /// Clears up a fan that its rule no longer uses, and keeps what its outputs got.
-    fn retire(&mut self, fan: u32) -> Result<(), RedirectError> {
-        if !self.sets.contains_key(&fan) {
+    /// Clears up fans that their rules no longer use, and keeps what their outputs got.
+    fn retire(&mut self, mut fans: Vec<u32>) -> Result<(), RedirectError> {
+        fans.retain(|fan| self.sets.contains_key(fan));
+        if fans.is_empty() {
             return Ok(());
         }
-        if self.nowhere.is_none() {
-            self.nowhere = Some(new_device_map(1).map_err(access(map::DEVICES, "made"))?);
-        }
-        if let Some(nowhere) = &self.nowhere {
-            // Returns when every program that was running has ended.
-            self.devices.set(fan, nowhere, 0).map_err(access(map::DEVICES, "written"))?;
-        }
-        let frames = self.frames(fan)?;
-        let Some(set) = self.sets.remove(&fan) else { return Ok(()) };
-        for (slot, device) in set.outputs {
-            *self.received.entry(slot).or_default() += frames - set.base;
-            match self.chains.remove(&ChainKey { fan, device: device.0 }) {
-                Ok(()) => {}
-                // Several outputs on one device share a chain.
-                Err(error) if errno(&error) == Some(libc::ENOENT) => {}
-                Err(error) => return Err(access(map::CHAINS, "written")(error).into()),
+        let nowhere = match self.nowhere.take() {
+            Some(nowhere) => nowhere,
+            None => new_device_map(1).map_err(access(map::DEVICES, "made"))?,
+        };
+        let places: Vec<_> = fans.iter().map(|fan| (*fan, nowhere.fd().as_fd())).collect();
+        let placed = self.place(&places);
+        self.nowhere = Some(nowhere);
+        placed?;
+        for fan in fans {
+            let frames = self.frames(fan)?;
+            let Some(set) = self.sets.remove(&fan) else { continue };
+            for (slot, device) in set.outputs {
+                *self.received.entry(slot).or_default() += frames - set.base;
+                match self.chains.remove(&ChainKey { fan, device: device.0 }) {
+                    Ok(()) => {}
+                    // Several outputs on one device share a chain.
+                    Err(error) if errno(&error) == Some(libc::ENOENT) => {}
+                    Err(error) => return Err(access(map::CHAINS, "written")(error).into()),
+                }
             }
         }
         Ok(())
@@ -261,22 +276,28 @@ impl Redirect {
 }
 
 /// A device map with an entry an output, each with the egress program: a broadcast walks it whole.
-fn device_map(outputs: &[RedirectOutput], program: &ProgramFd) -> Result<DevMap<MapData>, RedirectError> {
-    let mut devices = new_device_map(outputs.len() as u32).map_err(access(map::DEVICES, "made"))?;
+fn device_map(
+    rule: RuleSlot,
+    outputs: &[RedirectOutput],
+    program: &ProgramFd,
+) -> Result<MapData, RedirectError> {
+    let made = |error| RedirectError::from(access(map::DEVICES, "made")(error));
+    let mut map = Map::DevMap(new_device_map(outputs.len() as u32).map_err(made)?);
+    let mut devices: DevMap<&mut MapData> = (&mut map).try_into().map_err(made)?;
     for (index, output) in (0..).zip(outputs) {
         devices.set(index, output.egress.0, Some(program), 0).map_err(|error| match errno(&error) {
-            Some(libc::EINVAL | libc::ENODEV) => RedirectError::Gone(output.egress),
-            code => {
-                let source = io::Error::from_raw_os_error(code.unwrap_or(libc::EIO));
-                access(map::DEVICES, "written")(MapError::IoError(source)).into()
-            }
+            Some(libc::EINVAL | libc::ENODEV) => RedirectError::Gone { rule, egress: output.egress },
+            code => made(MapError::IoError(io::Error::from_raw_os_error(code.unwrap_or(libc::EIO)))),
         })?;
     }
-    Ok(devices)
+    match map {
+        Map::DevMap(devices) => Ok(devices),
+        _ => Err(made(MapError::IoError(io::ErrorKind::InvalidData.into()))),
+    }
 }
 
-fn new_device_map(entries: u32) -> Result<DevMap<MapData>, MapError> {
+fn new_device_map(entries: u32) -> Result<MapData, MapError> {
     const BPF_MAP_TYPE_DEVMAP: u32 = 14;
     let shape = aya_obj::Map::new_from_params(BPF_MAP_TYPE_DEVMAP, 4, 8, entries, 0);
-    Map::from_map_data(MapData::create(shape, "mcr_fan", None)?)?.try_into()
+    MapData::create(shape, "mcr_fan", None)
 }

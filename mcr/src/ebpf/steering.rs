@@ -56,12 +56,17 @@ pub(super) struct Maps<'a> {
 
 impl Maps<'_> {
     pub(super) fn take<T: TryFrom<Map, Error = MapError>>(&mut self, name: &str) -> Result<T, PinError> {
+        let map = self.take_any(name)?;
+        map.try_into().map_err(|error: MapError| (self.pins.join(name), error.to_string()))
+    }
+
+    pub(super) fn take_any(&mut self, name: &str) -> Result<Map, PinError> {
         let at = self.pins.join(name);
         let Some(map) = self.ebpf.take_map(name) else {
             return Err((at, "the object has no such map".to_owned()));
         };
-        map.pin(&at).map_err(|error| (at.clone(), error.to_string()))?;
-        map.try_into().map_err(|error: MapError| (at, error.to_string()))
+        map.pin(&at).map_err(|error| (at, error.to_string()))?;
+        Ok(map)
     }
 }
 
@@ -186,23 +191,21 @@ impl Steering {
         self.flows.insert(key, value, 0).map_err(access(map::FLOWS_V4, "written"))
     }
 
-    /// Replaces the outputs of a rule that is redirected, all at once: a frame meets the former ones or the new ones. When it
-    /// returns no frame leaves by the former ones any more. It waits for that in the kernel, some milliseconds.
+    /// Gives rules that are redirected other outputs, or none: of each rule all at once, so that a frame meets the former
+    /// ones or the new ones. When it returns no frame leaves by the former ones any more. For that it waits in the kernel,
+    /// some 10 to 30 ms for all rules together.
     ///
-    /// To be called in the network namespace of the interfaces. On an error the former outputs are in use, but for one
-    /// that comes of clearing up behind them; the call may be repeated.
-    pub fn set_outputs(&mut self, rule: RuleSlot, outputs: &[RedirectOutput]) -> Result<(), RedirectError> {
-        if outputs.is_empty() {
-            return self.redirect.clear(rule);
-        }
-        if self.generic {
+    /// To be called in the network namespace of the interfaces. After [`RedirectError::Gone`] nothing has changed. After
+    /// any error the call may be repeated.
+    pub fn set_outputs(&mut self, changes: &[(RuleSlot, Vec<RedirectOutput>)]) -> Result<(), RedirectError> {
+        if self.generic && changes.iter().any(|(_, outputs)| !outputs.is_empty()) {
             return Err(RedirectError::Generic);
         }
         let program = xdp(&mut self.ebpf, abi::REWRITE).map_err(RedirectError::Load)?;
         if program.fd().is_err() {
             program.load().map_err(RedirectError::Load)?;
         }
-        self.redirect.set(program.fd().map_err(RedirectError::Load)?, rule, outputs)
+        self.redirect.set(program.fd().map_err(RedirectError::Load)?, changes)
     }
 
     /// Totals of an output of a rule that is redirected, or was.

@@ -3,6 +3,7 @@
 pub mod channel;
 pub mod cpu_list;
 pub mod ethtool;
+pub mod map_batch;
 pub mod multicast;
 pub mod netdev;
 pub mod privileges;
