@@ -27,7 +27,7 @@ use tests::{
     Capture, Captured, RawSender, Site, Source, Udp,
     bpf::{self, ForeignXdp},
     capture::assert_sequence,
-    site::{ETH, Membership, Plan},
+    site::{ETH, Membership, Plan, Sink},
     source::Stream,
     wait_until,
 };
@@ -43,6 +43,10 @@ fn name(interface: &str) -> InterfaceName {
     interface.parse().unwrap()
 }
 
+fn receive_by_gro(sink: &Sink) {
+    sink.host.output("ethtool", &["-K", ETH, "gro", "on"]);
+}
+
 /// A site whose sinks take redirected frames, with the program on its ingress interface.
 struct Kernel {
     steering: Steering,
@@ -54,8 +58,11 @@ struct Kernel {
 impl Kernel {
     fn start(sinks: u8) -> Self {
         let site = Site::build(Plan { sinks, ..Plan::default() });
-        // A veth takes them when its other end runs a program.
-        let receivers = site.sinks.iter().map(|sink| ForeignXdp::attach(&sink.host, ETH)).collect();
+        // A veth takes them when its other end runs a program, or has GRO on.
+        let (by_program, by_gro): (Vec<_>, Vec<_>) =
+            site.sinks.iter().partition(|sink| sink.interface != "out1");
+        let receivers = by_program.iter().map(|sink| ForeignXdp::attach(&sink.host, ETH)).collect();
+        by_gro.into_iter().for_each(receive_by_gro);
         let object = Object::open(Some(&bpf::object_path())).unwrap();
         let interface = name("in0");
         let steering = site.relay.run(|| {
@@ -373,7 +380,9 @@ fn an_interface_says_whether_it_takes_redirected_frames() {
     let receiver = ForeignXdp::attach(&site.sinks[0].host, ETH);
     ask("out0", "veth").unwrap();
     drop(receiver);
-    assert!(ask("out0", "veth").is_err());
+    wait_until("the other end's program is gone", Duration::from_secs(5), || ask("out0", "veth").is_err());
+    receive_by_gro(&site.sinks[0]);
+    ask("out0", "veth").unwrap();
     assert!(matches!(ask("lo", "device"), Err(NoTarget::Never { .. })));
     let gone = site.relay.run(|| takes_redirects(&name("out9"), IfIndex(9999), "veth"));
     assert!(matches!(gone, Err(NoTarget::Asking { .. })));

@@ -43,8 +43,9 @@ const BUILD: &[Need] = &[
     need("pkg-config", Probe::Program("pkg-config")),
 ];
 
-/// What the tests and the demo call: ip, bridge, bpftool, sysctl.
+/// What the tests and the demo call: ethtool, ip, bridge, bpftool, sysctl.
 const TEST: &[Need] = &[
+    need("ethtool", Probe::Program("ethtool")),
     need("iproute2", Probe::Program("ip")),
     need("bpftool", Probe::Program("bpftool")),
     need("procps", Probe::Program("sysctl")),
