@@ -203,6 +203,64 @@ fn every_output_gets_every_datagram_once_in_order() {
 }
 
 #[test]
+fn a_batch_of_several_rules_is_told_apart() {
+    const ROUNDS: u32 = 5;
+    const EACH: u32 = 20;
+    let mut kernel = Kernel::start(2);
+    let groups = [GROUP_ONE, GROUP_TWO, SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 3), 5000)];
+    let orders: [&[u8]; 3] = [&[0, 0, 1], &[0, 1, 0, 0, 1], &[1, 0]];
+    let to =
+        |rule: usize, index: usize| SocketAddrV4::new(Ipv4Addr::new(239, 5, rule as u8, index as u8), 6000);
+    for (rule, (group, order)) in groups.into_iter().zip(orders).enumerate() {
+        let slot = RuleSlot(rule as u32);
+        let outputs: Vec<_> = order
+            .iter()
+            .enumerate()
+            .map(|(index, sink)| {
+                kernel.output((10 * rule + index) as u32, &format!("{}@out{sink}", to(rule, index)))
+            })
+            .collect();
+        kernel.set(slot, &outputs);
+        kernel.add(slot, group);
+    }
+    // Frames wait in a bucket filter that lets next to nothing through, and leave together when it opens.
+    let bucket = |verb, rate, burst| {
+        let args =
+            ["qdisc", verb, "dev", ETH, "root", "tbf", "rate", rate, "burst", burst, "limit", "1000000"];
+        kernel.site.source().output("tc", &args);
+    };
+    let mut captures = [0, 1].map(|sink| kernel.site.capture(sink));
+    let sender = RawSender::new(kernel.site.source(), ETH);
+    let source = SocketAddrV4::new(kernel.site.segments[0].source_address, 999);
+    for round in 0..ROUNDS {
+        bucket("replace", "8kbit", "1600");
+        for sequence in round * EACH..(round + 1) * EACH {
+            for (rule, group) in groups.into_iter().enumerate() {
+                if sequence == (round + 1) * EACH - 1 && rule == 2 {
+                    bucket("change", "8gbit", "1000000");
+                }
+                let payload = [&u64::from(sequence).to_be_bytes()[..], &[rule as u8; 500]].concat();
+                sender.send(&Udp::new(source, group).payload(&payload).frame());
+            }
+        }
+        for (rule, order) in orders.iter().enumerate() {
+            for (index, sink) in order.iter().enumerate() {
+                let count = (round + 1) * EACH;
+                let datagrams = captures[usize::from(*sink)].exactly(to(rule, index), count as usize);
+                assert_sequence(&datagrams, 0..count.into());
+                assert!(datagrams.iter().all(|datagram| datagram.payload[8..] == [rule as u8; 500]));
+                let slot = (10 * rule + index) as u32;
+                assert_eq!(
+                    kernel.totals(RuleSlot(rule as u32), slot),
+                    sent(count.into(), 508),
+                    "output {slot}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn frames_with_whole_checksums_padding_and_other_marks_leave_as_they_should() {
     let mut kernel = Kernel::start(2);
     kernel.add(ONE, GROUP_ONE);
