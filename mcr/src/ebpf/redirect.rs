@@ -249,9 +249,9 @@ impl Redirect {
             None => new_device_map(1).map_err(access(map::DEVICES, "made"))?,
         };
         let places: Vec<_> = fans.iter().map(|fan| (*fan, nowhere.fd().as_fd())).collect();
-        let placed = self.place(&places);
+        let outcome = self.place(&places);
         self.nowhere = Some(nowhere);
-        placed?;
+        outcome?;
         for fan in fans {
             let frames = self.frames(fan)?;
             let Some(set) = self.sets.remove(&fan) else { continue };

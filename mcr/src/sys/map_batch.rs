@@ -10,8 +10,8 @@ const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 /// `union bpf_attr` for the batch commands.
 #[repr(C)]
 struct Batch {
-    in_batch: u64,
-    out_batch: u64,
+    from: u64,
+    to: u64,
     keys: u64,
     values: u64,
     count: u32,
@@ -26,8 +26,8 @@ pub fn set_inner_maps(outer: BorrowedFd<'_>, places: &[(u32, BorrowedFd<'_>)]) -
     let keys: Vec<u32> = places.iter().map(|(place, _)| *place).collect();
     let values: Vec<u32> = places.iter().map(|(_, map)| map.as_raw_fd().cast_unsigned()).collect();
     let mut batch = Batch {
-        in_batch: 0,
-        out_batch: 0,
+        from: 0,
+        to: 0,
         keys: keys.as_ptr().addr() as u64,
         values: values.as_ptr().addr() as u64,
         count: places.len() as u32,
