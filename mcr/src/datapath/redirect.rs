@@ -61,3 +61,46 @@ pub fn rewrite(output: &Output, egress: Egress) -> Rewrite {
         mtu: egress.mtu,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_output_says_is_written() {
+        let egress = Egress { mac: [2, 0, 0, 0, 0, 5], address: [10, 78, 0, 1].into(), port: 404, mtu: 1400 };
+        let of = |endpoint: &str| rewrite(&endpoint.parse::<Output>().unwrap(), egress);
+        let plain = of("239.130.2.3:6000@eth1");
+        let expected = Rewrite {
+            destination_mac: [1, 0, 0x5e, 2, 2, 3],
+            source_mac: egress.mac,
+            source: [10, 78, 0, 1],
+            destination: [239, 130, 2, 3],
+            source_port: [1, 0x94],
+            destination_port: [0x17, 0x70],
+            ttl_mode: ttl::FIXED,
+            ttl: 16,
+            tos_mode: tos::COPY,
+            tos: 0,
+            mtu: 1400,
+        };
+        assert_eq!(plain, expected);
+        assert_eq!(of("239.130.2.3:6000@eth1,ttl=copy"), Rewrite { ttl_mode: ttl::COPY, ttl: 0, ..expected });
+        assert_eq!(
+            of("239.130.2.3:6000@eth1,ttl=dec,dscp=46"),
+            Rewrite { ttl_mode: ttl::DECREMENT, ttl: 0, tos_mode: tos::FIXED, tos: 46 << 2, ..expected }
+        );
+        let from = of("239.130.2.3:6000@eth1,from=192.0.2.7");
+        assert_eq!(from, Rewrite { source: [192, 0, 2, 7], ..expected });
+        let from = of("239.130.2.3:6000@eth1,from=192.0.2.7:257");
+        assert_eq!(from, Rewrite { source: [192, 0, 2, 7], source_port: [1, 1], ..expected });
+    }
+
+    #[test]
+    fn hosts_and_own_listeners_are_not_for_new_headers_alone() {
+        let needs = |endpoint: &str| needs_host(&endpoint.parse::<Output>().unwrap()).is_some();
+        assert!(needs("10.0.0.9:6000@eth1"));
+        assert!(needs("239.2.2.2:6000@eth1,loop=true"));
+        assert!(!needs("239.2.2.2:6000@eth1,gso=false,ttl=dec"));
+    }
+}
