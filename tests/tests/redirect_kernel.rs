@@ -27,6 +27,7 @@ use tests::{
     Captured, RawSender, Site, Source, Udp,
     bpf::{self, ForeignXdp},
     capture::assert_sequence,
+    deprive::{DOCUMENTED, keep_on_this_thread},
     site::{ETH, Membership, Plan, Sink},
     source::Stream,
     wait_until,
@@ -47,7 +48,8 @@ fn receive_by_gro(sink: &Sink) {
     sink.host.output("ethtool", &["-K", ETH, "gro", "on"]);
 }
 
-/// A site whose sinks take redirected frames, with the program on its ingress interface.
+/// A site whose sinks take redirected frames, with the program on its ingress interface. All is done with the documented
+/// capabilities alone.
 struct Kernel {
     steering: Steering,
     memberships: Vec<Membership>,
@@ -66,6 +68,7 @@ impl Kernel {
         let object = Object::open(Some(&bpf::object_path())).unwrap();
         let interface = name("in0");
         let steering = site.relay.run(|| {
+            keep_on_this_thread(DOCUMENTED);
             let placement = Placement {
                 interface: &interface,
                 index: IfIndex(nix::net::if_::if_nametoindex("in0").unwrap()),
@@ -117,7 +120,11 @@ impl Kernel {
 
     fn set(&mut self, rule: RuleSlot, outputs: &[RedirectOutput]) {
         let Self { steering, site, .. } = self;
-        site.relay.run(|| steering.set_outputs(&[(rule, outputs.to_vec())])).unwrap();
+        let set = || {
+            keep_on_this_thread(DOCUMENTED);
+            steering.set_outputs(&[(rule, outputs.to_vec())])
+        };
+        site.relay.run(set).unwrap();
     }
 
     fn totals(&self, rule: RuleSlot, slot: u32) -> RedirectTotals {
