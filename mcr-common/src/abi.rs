@@ -1,13 +1,20 @@
 //! The version of everything that crosses the boundary between the eBPF object and user space.
 
 /// Raised whenever a shared type, a map's name or shape, or the meaning of a field changes.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Symbol in the eBPF object that holds [`ABI_VERSION`] as four bytes, little endian.
 pub const ABI_SYMBOL: &str = "MCR_ABI_VERSION";
 
 /// The XDP program's name, as `bpftool prog` shows it.
 pub const PROGRAM: &str = "mcr_steer";
+
+/// The egress program's name: on the devices of outputs, it rewrites what is redirected there.
+pub const REWRITE: &str = "mcr_rewrite";
+
+/// The egress program as an ordinary XDP program, which `BPF_PROG_TEST_RUN` takes. Nothing attaches it. The device that
+/// it takes itself to run on is the ingress one.
+pub const REWRITE_TWIN: &str = "mcr_rewrite_run";
 
 /// The socket filter's name.
 pub const FILTER: &str = "mcr_filter";
@@ -24,6 +31,18 @@ pub mod map {
     pub const QUEUES: &str = "mcr_queues";
     /// XSKMAP by RX queue.
     pub const SOCKETS: &str = "mcr_sockets";
+    /// Array by rule slot: which of its two fans is in use, 1 or 2; 0 for none.
+    pub const BANKS: &str = "mcr_banks";
+    /// Per-CPU array by [`fan`](crate::redirect::fan): [`Fan`](crate::redirect::Fan).
+    pub const FANS: &str = "mcr_fans";
+    /// Array by fan of device maps, each with an entry an output.
+    pub const DEVICES: &str = "mcr_devices";
+    /// Per-CPU hash: [`ChainKey`](crate::redirect::ChainKey) to [`Chain`](crate::redirect::Chain).
+    pub const CHAINS: &str = "mcr_chains";
+    /// Array by [`record`](crate::redirect::record): [`Record`](crate::redirect::Record).
+    pub const RECORDS: &str = "mcr_records";
+    /// Per-CPU hash by output slot: [`OutputCounters`](crate::counters::OutputCounters).
+    pub const OUTPUTS: &str = "mcr_outputs";
 }
 
 /// Whose verdicts an entry of [`map::VERDICTS`] counts.

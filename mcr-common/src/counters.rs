@@ -14,6 +14,26 @@ pub struct RuleCounters {
     pub no_worker: u64,
     /// Of these: sent by this relay itself; dropped.
     pub looped: u64,
+    /// Of these: broadcast to the rule's outputs.
+    pub redirected: u64,
+    /// Of these: to be redirected, and the rule has no outputs; dropped.
+    pub no_output: u64,
+    /// Of these: to be redirected, and the driver has no room for a tag; passed to the host.
+    pub not_redirected: u64,
+}
+
+/// Counters of one output that the kernel itself serves.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OutputCounters {
+    /// Datagrams rewritten and given to the device.
+    pub rewritten: u64,
+    /// Their UDP payload bytes.
+    pub rewritten_bytes: u64,
+    /// Dropped: longer than the egress MTU takes.
+    pub too_big: u64,
+    /// Dropped: no TTL left.
+    pub ttl_expired: u64,
 }
 
 /// Counters of one RX queue.
@@ -34,6 +54,12 @@ pub struct Verdicts {
     pub no_worker: u64,
     /// Matched, but sent by this relay; dropped by the XDP program, left to the host by the filter.
     pub looped: u64,
+    /// Broadcast to the devices of the rule's outputs.
+    pub redirected: u64,
+    /// Matched by a rule that redirects and has no outputs; dropped.
+    pub no_output: u64,
+    /// Matched by a rule that redirects, but the driver has no room for a tag; passed.
+    pub not_redirected: u64,
     /// Matched by a rule that AF_PACKET serves; passed by the XDP program, to the filter.
     pub af_packet: u64,
     /// Multicast UDP that no rule wants; passed, like all that follow.
@@ -59,6 +85,9 @@ pub struct Verdicts {
 }
 
 impl Verdicts {
+    /// How many there are.
+    pub const COUNT: usize = 17;
+
     /// The counter of a frame that the parser rejects.
     #[inline(always)]
     pub const fn rejected(&mut self, reject: Reject) -> &mut u64 {
@@ -76,11 +105,14 @@ impl Verdicts {
     }
 
     /// Every counter with its name, in the order of the fields.
-    pub const fn named(&self) -> [(&'static str, u64); 14] {
+    pub const fn named(&self) -> [(&'static str, u64); Self::COUNT] {
         [
             ("steered", self.steered),
             ("no_worker", self.no_worker),
             ("looped", self.looped),
+            ("redirected", self.redirected),
+            ("no_output", self.no_output),
+            ("not_redirected", self.not_redirected),
             ("af_packet", self.af_packet),
             ("no_rule", self.no_rule),
             ("not_multicast", self.not_multicast),
@@ -96,9 +128,10 @@ impl Verdicts {
     }
 }
 
-const _: () = assert!(size_of::<RuleCounters>() == 4 * 8);
+const _: () = assert!(size_of::<RuleCounters>() == 7 * 8);
 const _: () = assert!(size_of::<QueueCounters>() == 8);
-const _: () = assert!(size_of::<Verdicts>() == 14 * 8);
+const _: () = assert!(size_of::<OutputCounters>() == 4 * 8);
+const _: () = assert!(size_of::<Verdicts>() == Verdicts::COUNT * 8);
 
 // SAFETY: repr(C), u64 fields only: no padding, any bit pattern is a value.
 #[cfg(feature = "user")]
@@ -106,6 +139,9 @@ unsafe impl aya::Pod for RuleCounters {}
 // SAFETY: as above.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for QueueCounters {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for OutputCounters {}
 // SAFETY: as above.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Verdicts {}

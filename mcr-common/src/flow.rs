@@ -46,6 +46,8 @@ pub mod action {
     pub const LOOP: u32 = 2;
     /// Pass in XDP, take in the filter: a packet socket's, and the host's too.
     pub const PASS: u32 = 3;
+    /// Broadcast to the devices of the rule's outputs, which rewrite it.
+    pub const REDIRECT: u32 = 4;
 }
 
 const _: () = assert!(size_of::<FlowKey4>() == 12 && align_of::<FlowKey4>() == 1);

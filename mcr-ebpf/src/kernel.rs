@@ -1,16 +1,17 @@
 //! The edge to the kernel, and the only unsafe code of the programs: packet memory and map values.
 
-use core::mem::MaybeUninit;
+use core::{ffi::c_void, mem::MaybeUninit};
 
 use aya_ebpf::{
     bindings::__sk_buff,
-    btf_maps::{HashMap, PerCpuArray},
-    helpers::{bpf_skb_load_bytes, bpf_xdp_get_buff_len},
+    btf_maps::{HashMap, PerCpuArray, PerCpuHashMap},
+    helpers::{bpf_loop, bpf_skb_load_bytes, bpf_xdp_adjust_meta, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
     programs::{SkBuffContext, XdpContext},
 };
 use mcr_common::{
     flow::{FlowKey4, FlowValue},
     parse::Bytes,
+    redirect::{Headers, TAG_WORDS, Tag},
 };
 
 /// A frame in packet memory.
@@ -44,6 +45,71 @@ impl Bytes for Frame<'_> {
         // checks again); byte arrays have no alignment and no invalid values.
         Some(unsafe { ((self.start + offset) as *const [u8; N]).read() })
     }
+}
+
+const TAG_LEN: usize = 2 * TAG_WORDS;
+
+/// Makes room for a tag in front of a frame; `false` where the driver has none.
+#[inline(always)]
+pub fn make_room(ctx: &XdpContext) -> bool {
+    // SAFETY: the context is the program's own; pointers into the frame are taken anew.
+    unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(TAG_LEN as i32)) == 0 }
+}
+
+/// Writes a tag where [`make_room`] made room.
+#[inline(always)]
+pub fn write_tag(ctx: &XdpContext, tag: Tag) -> bool {
+    let start = ctx.metadata();
+    if start + TAG_LEN > ctx.data() {
+        return false;
+    }
+    // SAFETY: the bytes lie between data_meta and data, as just checked (and as the verifier checks again). Frames
+    // start at even addresses.
+    unsafe { (start as *mut [u16; TAG_WORDS]).write(tag.to_words()) };
+    true
+}
+
+/// Takes the tag off a frame.
+#[inline(always)]
+pub fn take_tag(ctx: &XdpContext) -> Option<Tag> {
+    let start = ctx.metadata();
+    if start + TAG_LEN > ctx.data() {
+        return None;
+    }
+    // SAFETY: as in `write_tag`.
+    let words = unsafe { (start as *const [u16; TAG_WORDS]).read() };
+    // The receiver may be another relay on this host: what stays in front adds up, and there is room for little.
+    // SAFETY: the context is the program's own; pointers into the frame are taken anew.
+    let taken = unsafe { bpf_xdp_adjust_meta(ctx.ctx, TAG_LEN as i32) == 0 };
+    taken.then_some(Tag::from_words(words))
+}
+
+/// Cuts what lies behind the first `len` bytes of a frame that has as many.
+#[inline(always)]
+pub fn trim(ctx: &XdpContext, len: usize) -> bool {
+    // SAFETY: the context is the program's own.
+    let excess = unsafe { bpf_xdp_get_buff_len(ctx.ctx) } as i32 - len as i32;
+    // SAFETY: as above; pointers into the frame are taken anew.
+    excess <= 0 || unsafe { bpf_xdp_adjust_tail(ctx.ctx, -excess) == 0 }
+}
+
+/// The device that a frame is leaving by. For egress programs only.
+#[inline(always)]
+pub fn egress_device(ctx: &XdpContext) -> u32 {
+    // SAFETY: the kernel hands the program a live context, which the verifier guards.
+    unsafe { (*ctx.ctx).egress_ifindex }
+}
+
+/// The headers of a frame, in place.
+#[inline(always)]
+pub fn headers(ctx: &mut XdpContext) -> Option<&mut Headers> {
+    let start = ctx.data();
+    if start + size_of::<Headers>() > ctx.data_end() {
+        return None;
+    }
+    // SAFETY: the bytes lie between data and data_end, as just checked (and as the verifier checks again), and are
+    // this program's alone as long as the context is borrowed. Frames start at even addresses.
+    Some(unsafe { &mut *(start as *mut Headers) })
 }
 
 /// A frame in a socket buffer, however it is scattered. A packet socket's filter sees it from its Ethernet
@@ -108,6 +174,28 @@ pub fn update<T, R, const N: usize>(
     // SAFETY: the kernel returned a pointer to a live value of this CPU; the program runs to its end
     // on this CPU without being entered again, and changes one value at a time.
     Some(change(unsafe { &mut *value }))
+}
+
+/// Changes this CPU's value of `key`; `None` if there is no such key.
+#[inline(always)]
+pub fn update_of<K, T, R, const N: usize, const FLAGS: usize>(
+    map: &PerCpuHashMap<K, T, N, FLAGS>,
+    key: &K,
+    change: impl FnOnce(&mut T) -> R,
+) -> Option<R> {
+    let value = map.get_ptr_mut(key)?;
+    // SAFETY: as in `update`. User space removes a key after the last program that may look for it has ended.
+    Some(change(unsafe { &mut *value }))
+}
+
+/// Calls `step` with the number of the call, at most `most` times, until it answers other than 0.
+///
+/// A loop of its own would be too many branches for a verifier that must think of speculation, as it does without
+/// `CAP_PERFMON`.
+#[inline(always)]
+pub fn repeat<T>(most: u32, state: &mut T, step: extern "C" fn(u32, &mut T) -> i64) {
+    // SAFETY: the kernel calls the step with the number and the state that it was given, one call after another.
+    unsafe { bpf_loop(most, step as *mut c_void, core::ptr::from_mut(state).cast(), 0) };
 }
 
 /// A copy of the value of a flow.

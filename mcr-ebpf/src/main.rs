@@ -1,11 +1,13 @@
 //! What runs in the kernel: the XDP program finds the rule that a frame belongs to and steers it to the
-//! worker of its RX queue; the socket filter decides by the same table what a packet socket takes.
+//! worker of its RX queue, or broadcasts it to the devices of the rule's outputs, where the egress program rewrites
+//! it; the socket filter decides by the same table what a packet socket takes.
 //!
-//! They decide, count and redirect; they never write to a frame. What no rule wants passes untouched.
+//! What no rule wants passes untouched.
 #![no_std]
 #![no_main]
 
 mod kernel;
+mod redirect;
 
 use aya_ebpf::{
     bindings::xdp_action,
@@ -47,6 +49,9 @@ enum Verdict {
     Steered,
     NoWorker,
     Looped,
+    Redirected,
+    NoOutput,
+    NotRedirected,
     AfPacket,
     NoRule,
     Rejected(parse::Reject),
@@ -60,6 +65,9 @@ impl Verdict {
             Verdict::Steered => &mut verdicts.steered,
             Verdict::NoWorker => &mut verdicts.no_worker,
             Verdict::Looped => &mut verdicts.looped,
+            Verdict::Redirected => &mut verdicts.redirected,
+            Verdict::NoOutput => &mut verdicts.no_output,
+            Verdict::NotRedirected => &mut verdicts.not_redirected,
             Verdict::AfPacket => &mut verdicts.af_packet,
             Verdict::NoRule => &mut verdicts.no_rule,
             Verdict::Rejected(reject) => verdicts.rejected(*reject),
@@ -77,8 +85,8 @@ pub fn mcr_steer(ctx: XdpContext) -> u32 {
     };
     kernel::update(&VERDICTS, verdicts_of::XDP, |verdicts| count(verdict.counter(verdicts), 1));
     match verdict {
-        Verdict::Steered => xdp_action::XDP_REDIRECT,
-        Verdict::Looped => xdp_action::XDP_DROP,
+        Verdict::Steered | Verdict::Redirected => xdp_action::XDP_REDIRECT,
+        Verdict::Looped | Verdict::NoOutput => xdp_action::XDP_DROP,
         _ => xdp_action::XDP_PASS,
     }
 }
@@ -92,6 +100,7 @@ fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
         action::LOOP => Verdict::Looped,
         // The filter counts the rule's datagrams.
         action::PASS => return Verdict::AfPacket,
+        action::REDIRECT => redirect::broadcast(ctx, flow.rule, datagram),
         // With an empty slot the helper answers the action in the flags' low bits.
         _ if SOCKETS.redirect(ctx.rx_queue_index(), u64::from(xdp_action::XDP_PASS)).is_ok() => {
             Verdict::Steered
@@ -105,6 +114,20 @@ fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
         aya_log_ebpf::debug!(ctx, "steered a datagram of rule slot {}", flow.rule);
     }
     verdict
+}
+
+/// Rewrites a clone of a broadcast frame on its way out of a device.
+#[xdp(map = "devmap")]
+pub fn mcr_rewrite(mut ctx: XdpContext) -> u32 {
+    let device = kernel::egress_device(&ctx);
+    redirect::rewrite(&mut ctx, device)
+}
+
+/// [`mcr_rewrite`] as a program that can be run by itself.
+#[xdp]
+pub fn mcr_rewrite_run(mut ctx: XdpContext) -> u32 {
+    let device = ctx.ingress_ifindex() as u32;
+    redirect::rewrite(&mut ctx, device)
 }
 
 /// Lets into a packet socket what its rules want, and nothing else. The host gets its own copy.
@@ -132,7 +155,8 @@ fn admit(frame: &Buffered<'_>, datagram: &Datagram) -> Verdict {
     let verdict = match flow.action {
         action::PASS => Verdict::Steered,
         action::LOOP => Verdict::Looped,
-        // The XDP program found no AF_XDP socket, and has counted it.
+        // The XDP program could not serve it, and has counted it.
+        action::REDIRECT => return Verdict::NotRedirected,
         _ => return Verdict::NoWorker,
     };
     let segment = frame.segment_len();
@@ -151,6 +175,9 @@ fn count_rule(slot: u32, verdict: &Verdict, datagrams: u32, bytes: u16) {
         // No branches: a pointer to one of several fields is arithmetic that takes CAP_PERFMON.
         count(&mut rule.no_worker, datagrams * u64::from(matches!(verdict, Verdict::NoWorker)));
         count(&mut rule.looped, datagrams * u64::from(matches!(verdict, Verdict::Looped)));
+        count(&mut rule.redirected, datagrams * u64::from(matches!(verdict, Verdict::Redirected)));
+        count(&mut rule.no_output, datagrams * u64::from(matches!(verdict, Verdict::NoOutput)));
+        count(&mut rule.not_redirected, datagrams * u64::from(matches!(verdict, Verdict::NotRedirected)));
     });
 }
 

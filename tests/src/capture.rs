@@ -30,7 +30,8 @@ pub struct Captured {
     pub ecn: u8,
     pub dont_fragment: bool,
     pub fragment: bool,
-    /// The UDP checksum is right; or, between veths, unfinished, but right so far.
+    /// The IP checksum is right, and the UDP checksum is right or not there; or, between veths, unfinished, but right so
+    /// far.
     pub checksum_holds: bool,
     pub payload: Vec<u8>,
 }
@@ -158,7 +159,7 @@ fn dissect(bytes: &[u8], datagrams: &mut Vec<Captured>) {
         ecn: ip.ecn().value(),
         dont_fragment: ip.dont_fragment(),
         fragment: ip.more_fragments() || ip.fragments_offset().value() != 0,
-        checksum_holds,
+        checksum_holds: checksum_holds && ip.header_checksum() == ip.to_header().calc_header_checksum(),
         payload: Vec::new(),
     };
     let segment = match vnet[1] {

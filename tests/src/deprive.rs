@@ -38,20 +38,12 @@ pub fn as_ordinary_user(command: &mut Command, capabilities: &'static [libc::c_u
     // wait for threads that the child does not have.
     unsafe {
         command.pre_exec(move || {
-            let [low, high] = [0, 32].map(|first| {
-                let of_word =
-                    capabilities.iter().filter(|capability| (first..first + 32).contains(*capability));
-                of_word.fold(0u32, |mask, capability| mask | 1 << (capability - first))
-            });
-            // `_LINUX_CAPABILITY_VERSION_3`, and effective, permitted and inheritable ones of either word.
-            let header = [0x2008_0522u32, 0];
-            let sets = [low, low, low, high, high, high];
             let nobody = libc::c_long::from(NOBODY);
             let mut done = libc::prctl(libc::PR_SET_KEEPCAPS, 1) == 0
                 && libc::syscall(libc::SYS_setgroups, 0, 0) == 0
                 && libc::syscall(libc::SYS_setresgid, nobody, nobody, nobody) == 0
                 && libc::syscall(libc::SYS_setresuid, nobody, nobody, nobody) == 0
-                && libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) == 0
+                && set_capabilities(capabilities)
                 // Another user's wish to be killed with a parent is forgotten.
                 && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0;
             for capability in capabilities {
@@ -60,6 +52,25 @@ pub fn as_ordinary_user(command: &mut Command, capabilities: &'static [libc::c_u
             if done { Ok(()) } else { Err(io::Error::last_os_error()) }
         });
     }
+}
+
+/// Leaves the calling thread these capabilities alone.
+#[track_caller]
+pub fn keep_on_this_thread(capabilities: &[libc::c_ulong]) {
+    assert!(set_capabilities(capabilities), "capset: {}", io::Error::last_os_error());
+}
+
+/// Makes system calls only.
+fn set_capabilities(capabilities: &[libc::c_ulong]) -> bool {
+    let [low, high] = [0, 32].map(|first| {
+        let of_word = capabilities.iter().filter(|capability| (first..first + 32).contains(*capability));
+        of_word.fold(0u32, |mask, capability| mask | 1 << (capability - first))
+    });
+    // `_LINUX_CAPABILITY_VERSION_3`, and effective, permitted and inheritable ones of either word.
+    let header = [0x2008_0522u32, 0];
+    let sets = [low, low, low, high, high, high];
+    // SAFETY: the kernel reads a header and two words of three sets, which outlive the call.
+    unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) == 0 }
 }
 
 /// Makes the command run with one system call answered by an error.

@@ -1,6 +1,9 @@
 //! What becomes of a frame: one table, run through the XDP program and the packet sockets' filter in the
 //! kernel (`BPF_PROG_TEST_RUN`) and through the same parser in user space.
 
+#[path = "packet_table/rewriting.rs"]
+mod rewriting;
+
 use std::{
     net::SocketAddrV4,
     os::fd::{AsRawFd, OwnedFd},
@@ -8,7 +11,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, PerCpuArray, XskMap},
+    maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, XskMap, xdp::DevMap},
     programs::{SocketFilter, TestRun, TestRunOptions, Xdp},
 };
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
@@ -17,6 +20,7 @@ use mcr_common::{
     counters::{RuleCounters, Verdicts},
     flow::{FlowKey4, FlowValue, action},
     parse::{PAYLOAD_OFFSET, Reject, parse},
+    redirect::{self, Fan, TAG_WORDS, Tag},
 };
 use proptest::{prelude::*, test_runner::TestRunner};
 use tests::{
@@ -28,11 +32,17 @@ const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 const XDP_REDIRECT: u32 = 4;
 
+const BPF_MAP_TYPE_DEVMAP: u32 = 14;
+
 const PORT: u16 = 5000;
 /// A group with a rule for any source, one for [`WANTED`], and the relay itself among the senders.
 const GROUP: &str = "239.1.1.1";
 /// A group that an `AF_PACKET` socket takes.
 const PACKET_GROUP: &str = "239.1.1.2";
+/// A group that the kernel itself sends on.
+const REDIRECT_GROUP: &str = "239.1.1.3";
+/// A group that it would, but there are no outputs.
+const STRANDED_GROUP: &str = "239.1.1.4";
 /// A group with a rule for [`WANTED`] only.
 const SSM_GROUP: &str = "232.1.1.1";
 
@@ -46,7 +56,11 @@ const ONE_SOURCE: u32 = 2;
 const LOOP: u32 = 3;
 const PACKET: u32 = 4;
 const SSM: u32 = 5;
-const SLOTS: u32 = 6;
+const REDIRECT: u32 = 6;
+const STRANDED: u32 = 7;
+const SLOTS: u32 = 8;
+/// Of the two fans of [`REDIRECT`] the second is in use.
+const BANK: u32 = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
@@ -54,6 +68,8 @@ enum Fate {
     Steer(u32, u64),
     Loop(u32, u64),
     AfPacket(u32, u64),
+    Redirect(u32, u64),
+    NoOutput(u32, u64),
     NoRule,
     Rejected(Reject),
 }
@@ -237,12 +253,52 @@ fn rejected_rows() -> Vec<Row> {
     rows
 }
 
+/// The same frame to another group, its checksum as right or wrong as before.
+fn to_group(mut frame: Vec<u8>, group: &str) -> Vec<u8> {
+    let octets = |address: &str| address.parse::<std::net::Ipv4Addr>().expect("an address").octets();
+    let Some(at) = frame.windows(4).position(|bytes| bytes == octets(GROUP)) else { return frame };
+    let word = |frame: &[u8], at: usize| u32::from(u16::from_be_bytes([frame[at], frame[at + 1]]));
+    let sum = |frame: &[u8]| word(frame, at) + word(frame, at + 2);
+    let former = sum(&frame);
+    frame[at..at + 4].copy_from_slice(&octets(group));
+    // RFC 1624.
+    let mut checksum = (0xffff ^ word(&frame, at - 6)) + 2 * 0xffff - former + sum(&frame);
+    while checksum > 0xffff {
+        checksum = (checksum & 0xffff) + (checksum >> 16);
+    }
+    put(&mut frame, at - 6, !(checksum as u16));
+    frame
+}
+
+/// Whatever is steered or refused, to groups that the kernel itself sends on.
+fn redirected_rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (group, redirected) in [
+        (REDIRECT_GROUP, (|bytes| Fate::Redirect(REDIRECT, bytes)) as fn(u64) -> Fate),
+        (STRANDED_GROUP, |bytes| Fate::NoOutput(STRANDED, bytes)),
+    ] {
+        for row in accepted_rows().into_iter().chain(rejected_rows()) {
+            let fate = match row.fate {
+                Fate::Steer(ANY_SOURCE, bytes) => redirected(bytes),
+                Fate::Rejected(reject) => Fate::Rejected(reject),
+                _ => continue,
+            };
+            rows.push(Row {
+                name: format!("{}, to {group}", row.name),
+                frame: to_group(row.frame, group),
+                fate,
+            });
+        }
+    }
+    rows
+}
+
 fn rows() -> Vec<Row> {
-    accepted_rows().into_iter().chain(rejected_rows()).collect()
+    accepted_rows().into_iter().chain(rejected_rows()).chain(redirected_rows()).collect()
 }
 
 /// The rules of the table, as the daemon compiles them.
-fn flows() -> [(FlowKey4, FlowValue); 5] {
+fn flows() -> [(FlowKey4, FlowValue); 7] {
     let octets = |address: &str| address.parse::<std::net::Ipv4Addr>().expect("an address").octets();
     let port = PORT.to_be_bytes();
     let from = |source, group| FlowKey4::source_group(octets(source), octets(group), port);
@@ -253,6 +309,8 @@ fn flows() -> [(FlowKey4, FlowValue); 5] {
         (from(RELAY, GROUP), FlowValue { rule: LOOP, action: action::LOOP }),
         (any(PACKET_GROUP), FlowValue { rule: PACKET, action: action::PASS }),
         (from(WANTED, SSM_GROUP), FlowValue { rule: SSM, action: action::STEER }),
+        (any(REDIRECT_GROUP), FlowValue { rule: REDIRECT, action: action::REDIRECT }),
+        (any(STRANDED_GROUP), FlowValue { rule: STRANDED, action: action::REDIRECT }),
     ]
 }
 
@@ -271,6 +329,8 @@ fn fate_in_user_space(frame: &[u8]) -> Fate {
         None => Fate::NoRule,
         Some(FlowValue { rule, action: action::LOOP }) => Fate::Loop(rule, len),
         Some(FlowValue { rule, action: action::PASS }) => Fate::AfPacket(rule, len),
+        Some(FlowValue { rule: STRANDED, .. }) => Fate::NoOutput(STRANDED, len),
+        Some(FlowValue { rule, action: action::REDIRECT }) => Fate::Redirect(rule, len),
         Some(FlowValue { rule, .. }) => Fate::Steer(rule, len),
     }
 }
@@ -310,6 +370,7 @@ impl Program {
         for (key, value) in flows() {
             map.insert(key, value, 0).expect("insert a flow");
         }
+        set_up_redirect(&mut ebpf);
         let socket = (kind == Kind::Steering).then(af_xdp_socket);
         if let Some(socket) = &socket {
             let mut sockets: XskMap<_> =
@@ -361,6 +422,9 @@ impl Program {
             matched_bytes: a.matched_bytes + b.matched_bytes,
             no_worker: a.no_worker + b.no_worker,
             looped: a.looped + b.looped,
+            redirected: a.redirected + b.redirected,
+            no_output: a.no_output + b.no_output,
+            not_redirected: a.not_redirected + b.not_redirected,
         };
         let rules = (0..SLOTS)
             .map(|slot| rules.get(&slot, 0).expect("a rule").iter().fold(RuleCounters::default(), sum))
@@ -382,6 +446,8 @@ impl Program {
             counters.matched_bytes += moved.matched_bytes;
             counters.no_worker += moved.no_worker;
             counters.looped += moved.looped;
+            counters.redirected += moved.redirected;
+            counters.no_output += moved.no_output;
         }
         assert_eq!(action, expected_action, "{:?}: {name}", self.kind);
         assert_eq!(self.counters(), expected, "{name}");
@@ -402,6 +468,13 @@ fn consequence(fate: Fate, kind: Kind) -> (u32, &'static str, Option<(u32, RuleC
         (Fate::Loop(rule, bytes), _) => {
             (drop, "looped", Some((rule, RuleCounters { looped: 1, ..matched(bytes) })))
         }
+        (Fate::Redirect(..) | Fate::NoOutput(..), Kind::Filter) => (0, "not_redirected", None),
+        (Fate::Redirect(rule, bytes), _) => {
+            (XDP_REDIRECT, "redirected", Some((rule, RuleCounters { redirected: 1, ..matched(bytes) })))
+        }
+        (Fate::NoOutput(rule, bytes), _) => {
+            (XDP_DROP, "no_output", Some((rule, RuleCounters { no_output: 1, ..matched(bytes) })))
+        }
         (Fate::AfPacket(rule, bytes), Kind::Filter) => (ADMITTED, "steered", Some((rule, matched(bytes)))),
         // The filter will count it.
         (Fate::AfPacket(..), _) => (XDP_PASS, "af_packet", None),
@@ -421,6 +494,24 @@ fn consequence(fate: Fate, kind: Kind) -> (u32, &'static str, Option<(u32, RuleC
             (pass, verdict, None)
         }
     }
+}
+
+/// A fan without devices for the rule that has outputs.
+fn set_up_redirect(ebpf: &mut Ebpf) {
+    let mut banks: Array<_, u32> = ebpf.map_mut(map::BANKS).expect("map").try_into().expect("an array");
+    banks.set(REDIRECT, BANK, 0).expect("choose a fan");
+    let mut fans: ArrayOfMaps<_, DevMap<MapData>> =
+        ebpf.map_mut(map::DEVICES).expect("map").try_into().expect("an array of maps");
+    let shape = aya_obj::Map::new_from_params(BPF_MAP_TYPE_DEVMAP, 4, 8, 1, 0);
+    let devices = MapData::create(shape, "fan", None).expect("make a device map");
+    let devices = Map::from_map_data(devices).expect("map").try_into().expect("a device map");
+    fans.set(redirect::fan(REDIRECT, BANK), &devices, 0).expect("set the fan's devices");
+    let mut fans: PerCpuArray<_, Fan> =
+        ebpf.map_mut(map::FANS).expect("map").try_into().expect("a per-CPU array");
+    let index = redirect::fan(REDIRECT, BANK);
+    let cpus = fans.get(&index, 0).expect("the fan");
+    let cpus: Vec<_> = cpus.iter().map(|cpu| Fan { mtu: 65_535, ..*cpu }).collect();
+    fans.set(index, cpus.try_into().expect("a value for each CPU"), 0).expect("set the fan");
 }
 
 fn af_xdp_socket() -> OwnedFd {
@@ -489,6 +580,36 @@ fn a_datagram_is_parsed_to_what_was_sent() {
     assert_eq!((seen.source, seen.group), ([192, 0, 2, 7], [239, 255, 0, 1]));
     assert_eq!((seen.port, seen.ttl, seen.tos), ([0xfe, 0xdc], 7, 46 << 2 | 2));
     assert_eq!((PAYLOAD_OFFSET, seen.payload_len), (PAYLOAD, 321));
+}
+
+/// Keeps this thread on one CPU, which counts for itself.
+fn stay_on_one_cpu() {
+    let mut set = nix::sched::CpuSet::new();
+    set.set(nix::sched::sched_getcpu().expect("a CPU")).expect("a CPU");
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).expect("stay on one CPU");
+}
+
+#[test]
+fn a_redirected_frame_is_numbered_and_ends_with_its_datagram() {
+    let program = Program::load(Kind::Steering);
+    let xdp: &Xdp = program.ebpf.program(abi::PROGRAM).expect("the program").try_into().expect("XDP");
+    let mut padded = udp(SENDER, REDIRECT_GROUP).payload(&[1, 2]).frame();
+    padded.resize(60, 0xff);
+    let mut short = udp(SENDER, REDIRECT_GROUP).payload(&[3; 100]).frame();
+    put(&mut short, UDP + 4, 8 + 50);
+    let whole = udp(SENDER, REDIRECT_GROUP).payload(&[4; 1472]).frame();
+    stay_on_one_cpu();
+    for (sequence, (frame, len)) in (1..).zip([(&padded, 44), (&short, 92), (&whole, 1514), (&padded, 44)]) {
+        let mut out = [0; 2048];
+        let options =
+            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };
+        let result = xdp.test_run(options).expect("BPF_PROG_TEST_RUN");
+        assert_eq!(result.return_value, XDP_REDIRECT);
+        let (tag, sent) = out[..result.data_size_out as usize].split_at(2 * TAG_WORDS);
+        let words = std::array::from_fn(|word| u16::from_ne_bytes([tag[2 * word], tag[2 * word + 1]]));
+        assert_eq!(Tag::from_words(words), Tag { sequence, fan: redirect::fan(REDIRECT, BANK) });
+        assert_eq!(sent, &frame[..len]);
+    }
 }
 
 #[test]

@@ -90,7 +90,7 @@ fn frames_that_do_not_fit_are_refused_with_the_sum() {
     );
     let mut command = tight("af-packet", "4");
     with_limit(&mut command, libc::RLIMIT_NOFILE, 200);
-    check(&site, &mut command, &["= 297, and the limit is 200", "LimitNOFILE"]);
+    check(&site, &mut command, &["= 305, and the limit is 200", "LimitNOFILE"]);
     // What was asked for by `auto` is served by what fits.
     let mut command = tight("auto", "1");
     with_limit(&mut command, libc::RLIMIT_MEMLOCK, 4 << 20);

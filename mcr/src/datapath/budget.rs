@@ -10,7 +10,7 @@ const MIB: f64 = 1024.0 * 1024.0;
 const DAEMON_DESCRIPTORS: u64 = 64;
 
 /// Maps, programs and link of an interface.
-const INTERFACE_DESCRIPTORS: u64 = 8;
+const INTERFACE_DESCRIPTORS: u64 = 16;
 
 /// Channel, log pipe, end, ledger and packet socket of a worker.
 const WORKER_DESCRIPTORS: u64 = 5;
@@ -138,9 +138,9 @@ mod tests {
 
     #[test]
     fn counts_descriptors() {
-        let limits = HostLimits { locked_bytes: None, memory_bytes: 0, descriptors: 300 };
+        let limits = HostLimits { locked_bytes: None, memory_bytes: 0, descriptors: 308 };
         assert_eq!(limits.check_descriptors(4, 4096), Ok(()));
         let refused = limits.check_descriptors(5, 4096).unwrap_err().to_string();
-        assert!(refused.contains("= 302, and the limit is 300"), "{refused}");
+        assert!(refused.contains("= 310, and the limit is 308"), "{refused}");
     }
 }

@@ -7,6 +7,7 @@ use crate::rule::{Datapath, DatapathChoice};
 pub mod af_packet;
 pub mod af_xdp;
 pub mod budget;
+pub mod redirect;
 
 /// A datapath that was asked for by name and is none of this version's.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

@@ -8,6 +8,7 @@ pub mod losses;
 pub mod membership;
 pub mod neighbours;
 pub mod packet_socket;
+pub mod redirect_target;
 
 /// Netlink's word that something has changed.
 type Changes = Box<dyn Stream<Item = ()> + Unpin>;

@@ -3,7 +3,9 @@
 pub mod channel;
 pub mod cpu_list;
 pub mod ethtool;
+pub mod map_batch;
 pub mod multicast;
+pub mod netdev;
 pub mod privileges;
 pub mod seccomp;
 pub mod socket_option;

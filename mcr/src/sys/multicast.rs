@@ -8,6 +8,12 @@ pub fn join(socket: &impl AsRawFd, membership: &Membership) -> io::Result<()> {
     change(socket, membership, libc::MCAST_JOIN_GROUP, libc::MCAST_JOIN_SOURCE_GROUP)
 }
 
+/// RFC 1112, section 6.4: the low 23 bits of the group behind 01:00:5e.
+pub fn multicast_mac(group: Ipv4Addr) -> [u8; 6] {
+    let [_, b, c, d] = group.octets();
+    [1, 0, 0x5e, b & 0x7f, c, d]
+}
+
 pub fn leave(socket: &impl AsRawFd, membership: &Membership) -> io::Result<()> {
     change(socket, membership, libc::MCAST_LEAVE_GROUP, libc::MCAST_LEAVE_SOURCE_GROUP)
 }

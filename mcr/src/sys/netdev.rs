@@ -1,0 +1,96 @@
+//! What the kernel says of an interface's XDP: the generic netlink family `netdev`, by hand.
+
+use std::{
+    io::{self, Read, Write},
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::rule::IfIndex;
+
+/// `NETDEV_XDP_ACT_BASIC`: it runs XDP programs.
+pub const XDP_BASIC: u64 = 1;
+/// `NETDEV_XDP_ACT_NDO_XMIT`: it takes redirected frames.
+pub const XDP_NDO_XMIT: u64 = 4;
+
+// linux/genetlink.h and linux/netdev.h.
+const GENL_ID_CTRL: u16 = 0x10;
+const CTRL_CMD_GETFAMILY: u8 = 3;
+const CTRL_ATTR_FAMILY_ID: u16 = 1;
+const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+const NETDEV_CMD_DEV_GET: u8 = 1;
+const NETDEV_A_DEV_IFINDEX: u16 = 1;
+const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+
+const NLM_F_REQUEST: u16 = 1;
+const NLMSG_ERROR: u16 = 2;
+/// `nlmsghdr` and `genlmsghdr`.
+const HEADERS: usize = 20;
+const ATTRIBUTE_HEADER: usize = 4;
+
+/// The XDP features of an interface, as they are at the moment. `None` if the kernel has no such family (before 6.3).
+pub fn xdp_features(interface: IfIndex) -> io::Result<Option<u64>> {
+    let mut socket = Socket::new(
+        Domain::from(libc::AF_NETLINK),
+        Type::RAW.cloexec(),
+        Some(Protocol::from(libc::NETLINK_GENERIC)),
+    )?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let family = match ask(&mut socket, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_NAME, b"netdev\0")
+    {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+        answer => attribute(&answer?, CTRL_ATTR_FAMILY_ID).map(u16::from_ne_bytes).ok_or_else(malformed)?,
+    };
+    let index = interface.0.to_ne_bytes();
+    let answer = ask(&mut socket, family, NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, &index)?;
+    let features = attribute(&answer, NETDEV_A_DEV_XDP_FEATURES).map(u64::from_ne_bytes);
+    features.map(Some).ok_or_else(malformed)
+}
+
+/// Asks with one attribute; the attributes of the answer.
+fn ask(socket: &mut Socket, family: u16, command: u8, kind: u16, value: &[u8]) -> io::Result<Vec<u8>> {
+    let padded = value.len().next_multiple_of(4);
+    let len = HEADERS + ATTRIBUTE_HEADER + padded;
+    let mut request = Vec::with_capacity(len);
+    request.extend((len as u32).to_ne_bytes());
+    request.extend(family.to_ne_bytes());
+    request.extend(NLM_F_REQUEST.to_ne_bytes());
+    request.extend([0; 8]);
+    request.extend([command, 1, 0, 0]);
+    request.extend(((ATTRIBUTE_HEADER + value.len()) as u16).to_ne_bytes());
+    request.extend(kind.to_ne_bytes());
+    request.extend(value);
+    request.resize(len, 0);
+    socket.write_all(&request)?;
+
+    let mut answer = vec![0; 8192];
+    let read = socket.read(&mut answer)?;
+    answer.truncate(read);
+    let kind = bytes(&answer, 4).map(u16::from_ne_bytes).ok_or_else(malformed)?;
+    if kind == NLMSG_ERROR {
+        let errno = bytes(&answer, 16).map(i32::from_ne_bytes).ok_or_else(malformed)?;
+        return Err(io::Error::from_raw_os_error(errno.saturating_neg()));
+    }
+    answer.drain(..HEADERS.min(read));
+    Ok(answer)
+}
+
+/// The first attribute of a kind, if it is of this length.
+fn attribute<const N: usize>(mut attributes: &[u8], kind: u16) -> Option<[u8; N]> {
+    loop {
+        let len = usize::from(u16::from_ne_bytes(bytes(attributes, 0)?)).max(ATTRIBUTE_HEADER);
+        if u16::from_ne_bytes(bytes(attributes, 2)?) == kind {
+            return attributes.get(ATTRIBUTE_HEADER..len)?.try_into().ok();
+        }
+        attributes = attributes.get(len.next_multiple_of(4)..)?;
+    }
+}
+
+fn bytes<const N: usize>(from: &[u8], at: usize) -> Option<[u8; N]> {
+    from.get(at..at + N)?.try_into().ok()
+}
+
+fn malformed() -> io::Error {
+    io::Error::other("an answer of netlink that is none")
+}
