@@ -20,6 +20,8 @@ pub struct RuleCounters {
     pub no_output: u64,
     /// Of these: to be redirected, and the driver has no room for a tag; passed to the host.
     pub not_redirected: u64,
+    /// UDP payload bytes of the redirected and of those without output.
+    pub redirect_bytes: u64,
 }
 
 /// Counters of one output that the kernel itself serves.
@@ -128,7 +130,7 @@ impl Verdicts {
     }
 }
 
-const _: () = assert!(size_of::<RuleCounters>() == 7 * 8);
+const _: () = assert!(size_of::<RuleCounters>() == 8 * 8);
 const _: () = assert!(size_of::<QueueCounters>() == 8);
 const _: () = assert!(size_of::<OutputCounters>() == 4 * 8);
 const _: () = assert!(size_of::<Verdicts>() == Verdicts::COUNT * 8);

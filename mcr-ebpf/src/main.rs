@@ -178,6 +178,8 @@ fn count_rule(slot: u32, verdict: &Verdict, datagrams: u32, bytes: u16) {
         count(&mut rule.redirected, datagrams * u64::from(matches!(verdict, Verdict::Redirected)));
         count(&mut rule.no_output, datagrams * u64::from(matches!(verdict, Verdict::NoOutput)));
         count(&mut rule.not_redirected, datagrams * u64::from(matches!(verdict, Verdict::NotRedirected)));
+        let taken = matches!(verdict, Verdict::Redirected | Verdict::NoOutput);
+        count(&mut rule.redirect_bytes, u64::from(bytes) * u64::from(taken));
     });
 }
 

@@ -21,7 +21,10 @@ use mcr_common::abi::{self, map};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use thiserror::Error;
 
-pub use self::steering::{Placement, Steering};
+pub use self::{
+    redirect::{RedirectOutput, RedirectTotals},
+    steering::{Placement, Steering},
+};
 use crate::rule::InterfaceName;
 
 /// Built by `cargo xtask build-ebpf`.

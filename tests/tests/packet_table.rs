@@ -425,6 +425,7 @@ impl Program {
             redirected: a.redirected + b.redirected,
             no_output: a.no_output + b.no_output,
             not_redirected: a.not_redirected + b.not_redirected,
+            redirect_bytes: a.redirect_bytes + b.redirect_bytes,
         };
         let rules = (0..SLOTS)
             .map(|slot| rules.get(&slot, 0).expect("a rule").iter().fold(RuleCounters::default(), sum))
@@ -469,12 +470,16 @@ fn consequence(fate: Fate, kind: Kind) -> (u32, &'static str, Option<(u32, RuleC
             (drop, "looped", Some((rule, RuleCounters { looped: 1, ..matched(bytes) })))
         }
         (Fate::Redirect(..) | Fate::NoOutput(..), Kind::Filter) => (0, "not_redirected", None),
-        (Fate::Redirect(rule, bytes), _) => {
-            (XDP_REDIRECT, "redirected", Some((rule, RuleCounters { redirected: 1, ..matched(bytes) })))
-        }
-        (Fate::NoOutput(rule, bytes), _) => {
-            (XDP_DROP, "no_output", Some((rule, RuleCounters { no_output: 1, ..matched(bytes) })))
-        }
+        (Fate::Redirect(rule, bytes), _) => (
+            XDP_REDIRECT,
+            "redirected",
+            Some((rule, RuleCounters { redirected: 1, redirect_bytes: bytes, ..matched(bytes) })),
+        ),
+        (Fate::NoOutput(rule, bytes), _) => (
+            XDP_DROP,
+            "no_output",
+            Some((rule, RuleCounters { no_output: 1, redirect_bytes: bytes, ..matched(bytes) })),
+        ),
         (Fate::AfPacket(rule, bytes), Kind::Filter) => (ADMITTED, "steered", Some((rule, matched(bytes)))),
         // The filter will count it.
         (Fate::AfPacket(..), _) => (XDP_PASS, "af_packet", None),

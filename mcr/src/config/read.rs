@@ -9,7 +9,6 @@ use toml::{
 
 use super::{Config, Mistake, Source, mistake::line_at, options};
 use crate::{
-    datapath,
     rule::{DatapathChoice, Origin, Place, Rule, RuleError, RuleName},
     ruleset::{Change, Refusal, RuleSet},
     supervisor::settings::Settings,
@@ -43,16 +42,7 @@ fn read_files<'a>(sources: impl Iterator<Item = (&'a Source, bool)>) -> Result<C
     }
     let settings = Settings::from(config.options.clone());
     let mut set = RuleSet::new(settings.max_rules);
-    for (source, Written { rule, span, datapath_span }) in written {
-        let choice = if rule.datapath.0.is_none() { settings.datapath } else { rule.datapath };
-        if let Err(error) = datapath::check_built(choice) {
-            mistakes.push(Mistake::new(
-                source,
-                datapath_span.unwrap_or_else(|| span.clone()),
-                error.to_string(),
-            ));
-            continue;
-        }
+    for (source, Written { rule, span }) in written {
         let place = Place { file: source.file.as_str().into(), line: line_at(&source.text, span.start).0 };
         match set.add(rule.clone(), Origin::File(place.clone())) {
             Ok(Change::Made) => config.rules.push((rule, place)),
@@ -103,7 +93,6 @@ struct Written {
     rule: Rule,
     /// Of its table's head.
     span: Range<usize>,
-    datapath_span: Option<Range<usize>>,
 }
 
 type Value<'a> = Spanned<DeValue<'a>>;
@@ -173,17 +162,14 @@ impl Reader<'_> {
         };
         let known = self.mistakes.len();
         let (mut name, mut input, mut outputs) = (None, None, None);
-        let (mut datapath, mut datapath_span) = (DatapathChoice::default(), None);
+        let mut datapath = DatapathChoice::default();
         let (mut merge, mut link_local) = (false, false);
         for (key, value) in keys {
             match key.get_ref().as_ref() {
                 "name" => name = self.parsed(value, "name"),
                 "in" => input = self.parsed(value, "in"),
                 "out" => outputs = Some(self.outputs(value)),
-                "datapath" => {
-                    datapath = self.parsed(value, "datapath").unwrap_or_default();
-                    datapath_span = Some(value.span());
-                }
+                "datapath" => datapath = self.parsed(value, "datapath").unwrap_or_default(),
                 "merge" => merge = self.flag(value, "merge"),
                 "link_local" => link_local = self.flag(value, "link_local"),
                 other => {
@@ -203,7 +189,7 @@ impl Reader<'_> {
         let input = input?;
         let name = name.unwrap_or_else(|| RuleName::derived(&input));
         let rule = Rule { name, input, outputs: outputs?, datapath, merge, link_local };
-        Some(Written { rule, span: table.span(), datapath_span })
+        Some(Written { rule, span: table.span() })
     }
 
     /// One output, or a list of them.

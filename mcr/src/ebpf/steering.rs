@@ -249,6 +249,7 @@ impl Steering {
             sum.redirected += cpu.redirected;
             sum.no_output += cpu.no_output;
             sum.not_redirected += cpu.not_redirected;
+            sum.redirect_bytes += cpu.redirect_bytes;
         }
         Ok(sum)
     }

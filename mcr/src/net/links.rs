@@ -29,6 +29,8 @@ pub struct Link {
     /// Administratively up and with a carrier.
     pub up: bool,
     pub mtu: u32,
+    /// Its Ethernet address, if it has one.
+    pub mac: Option<[u8; 6]>,
     /// IPv4 addresses, primary ones first.
     pub addresses: Vec<Ipv4Addr>,
     /// Its frames have an Ethernet header.
@@ -154,6 +156,7 @@ fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
         index: IfIndex(message.header.index),
         up: flags.contains(LinkFlags::Up) && flags.contains(LinkFlags::LowerUp),
         mtu: 0,
+        mac: None,
         ethernet: matches!(message.header.link_layer_type, LinkLayerType::Ether | LinkLayerType::Loopback),
         arp: !flags.intersects(LinkFlags::Noarp | LinkFlags::Loopback | LinkFlags::Pointopoint),
         addresses: Vec::new(),
@@ -166,6 +169,7 @@ fn read_link(message: &LinkMessage) -> Option<(InterfaceName, Link)> {
         match attribute {
             LinkAttribute::IfName(text) => name = text.parse::<InterfaceName>().ok(),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Address(address) => link.mac = address[..].try_into().ok(),
             LinkAttribute::NumRxQueues(queues) => link.rx_queues = *queues,
             LinkAttribute::Xdp(xdp) => link.xdp_program = read_xdp(xdp),
             LinkAttribute::LinkInfo(infos) => {

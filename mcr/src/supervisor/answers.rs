@@ -15,7 +15,7 @@ use crate::{
     datapath,
     ebpf::Steering,
     net::losses::Level,
-    rule::{Datapath, DatapathChoice, InterfaceName, Origin, Output, OutputSlot},
+    rule::{Datapath, DatapathChoice, InterfaceName, Origin, Output, OutputSlot, Rule},
     ruleset::Entry,
     supervisor::{books::QueueTotals, devices::Losses, event::WorkerId, run::Daemon, state::Problem},
     worker::ledger::DropReason,
@@ -67,7 +67,7 @@ impl Daemon {
             datapath: served.then(|| datapath.to_string()),
             datapath_asked: rule.datapath.to_string(),
             datapath_why: if served {
-                self.explain(&rule.input.interface, datapath, rule.datapath)
+                self.explain(&rule.input.interface, datapath, rule.datapath, Some(rule))
             } else {
                 String::new()
             },
@@ -79,9 +79,19 @@ impl Daemon {
     }
 
     /// Why a datapath is in use on an interface, and what the host still sees.
-    fn explain(&self, interface: &InterfaceName, datapath: Datapath, asked: DatapathChoice) -> String {
+    fn explain(
+        &self,
+        interface: &InterfaceName,
+        datapath: Datapath,
+        asked: DatapathChoice,
+        rule: Option<&Rule>,
+    ) -> String {
         let generic = self.programs.get(interface).is_some_and(Steering::is_generic);
-        datapath::explain(datapath, asked, generic, self.state.no_xdp(interface).as_deref())
+        let no_faster = match datapath {
+            Datapath::AfXdp => rule.and_then(|rule| self.state.auto_redirect_objection(rule)),
+            _ => self.state.no_xdp(interface),
+        };
+        datapath::explain(datapath, asked, generic, no_faster.as_deref())
     }
 
     fn output_info(&self, output: &Output) -> OutputInfo {
@@ -151,7 +161,12 @@ impl Daemon {
             last_seen: idle_seconds.map(|_| timestamp(last_seen)),
             idle_seconds,
             stalled: idle_seconds.is_some_and(|idle| idle >= self.settings.stalled_after_s.into()),
-            dropped: nonzero([("no_worker", totals.no_worker), ("loop", totals.looped), ("cut", totals.cut)]),
+            dropped: nonzero([
+                ("no_worker", totals.no_worker),
+                ("loop", totals.looped),
+                ("cut", totals.cut),
+                ("not_redirected", totals.not_redirected),
+            ]),
             outputs: entry.outputs().map(|(output, slot)| self.output_stats(output, slot)).collect(),
         }
     }
@@ -167,7 +182,7 @@ impl Daemon {
             sent_pps: self.books.output_rates.get(&slot),
             retried: totals.retried,
             approximate: totals.approximate,
-            dropped: nonzero(reasons.zip(totals.dropped)),
+            dropped: nonzero(reasons.zip(totals.dropped).chain([("skipped", totals.skipped)])),
         }
     }
 
@@ -217,7 +232,7 @@ impl Daemon {
             id: id.to_string(),
             interface: id.interface.to_string(),
             datapath: id.datapath.to_string(),
-            why: self.explain(&id.interface, id.datapath, self.asked_of(id)),
+            why: self.explain(&id.interface, id.datapath, self.asked_of(id), None),
             queues: spec.as_ref().map(|spec| spec.source.queues().to_vec()).unwrap_or_default(),
             cpu: spec.and_then(|spec| spec.cpu),
             pid: running.and_then(|_| self.workers.get(id)).map(|worker| worker.pid),

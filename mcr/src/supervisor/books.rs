@@ -4,6 +4,7 @@
 //! end with it: the books keep what was counted before, so that what they show only goes on.
 
 mod equations;
+mod redirected;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,6 +18,7 @@ use mcr_common::{abi::verdicts_of, counters::RuleCounters};
 
 pub use self::equations::InFlight;
 
+use self::redirected::OfOutput;
 use crate::{
     ebpf::Steering,
     net::packet_socket::PacketStatistics,
@@ -36,6 +38,8 @@ pub struct RuleTotals {
     pub no_worker: u64,
     pub looped: u64,
     pub cut: u64,
+    /// To be sent on by the kernel, whose driver had no room for it.
+    pub not_redirected: u64,
     pub received: u64,
     pub received_bytes: u64,
     /// Nanoseconds since 1970, 0 for never.
@@ -51,6 +55,8 @@ pub struct OutputTotals {
     pub retried: u64,
     pub approximate: u64,
     pub dropped: [u64; DropReason::ALL.len()],
+    /// Passed over by the kernel in silence.
+    pub skipped: u64,
 }
 
 /// What was counted of an interface.
@@ -192,6 +198,7 @@ pub struct Books {
     verdicts: HashMap<InterfaceName, equations::Mark>,
     /// What the kernel counted of each packet socket that there is, and of those that there were.
     packets: BTreeMap<WorkerId, PacketStatistics>,
+    redirected: redirected::Redirected,
     former_packets: BTreeMap<WorkerId, PacketStatistics>,
     sampled: Instant,
     pub rule_rates: Rates<RuleSlot>,
@@ -209,11 +216,16 @@ fn add_rule(sum: &mut RuleCounters, counters: &RuleCounters) {
     sum.matched += counters.matched;
     sum.no_worker += counters.no_worker;
     sum.looped += counters.looped;
+    sum.redirected += counters.redirected;
+    sum.no_output += counters.no_output;
+    sum.not_redirected += counters.not_redirected;
+    sum.redirect_bytes += counters.redirect_bytes;
 }
 
 /// Datagrams of a rule that went on to its workers.
 fn steered_of(counters: &RuleCounters) -> u64 {
-    counters.matched.saturating_sub(counters.no_worker + counters.looped)
+    let RuleCounters { no_worker, looped, redirected, no_output, not_redirected, .. } = counters;
+    counters.matched.saturating_sub(no_worker + looped + redirected + no_output + not_redirected)
 }
 
 /// The prepared interfaces.
@@ -235,6 +247,7 @@ impl Books {
             kernel: HashMap::new(),
             verdicts: HashMap::new(),
             packets: BTreeMap::new(),
+            redirected: redirected::Redirected::default(),
             former_packets: BTreeMap::new(),
             sampled: Instant::now(),
             rule_rates: Rates::default(),
@@ -258,6 +271,7 @@ impl Books {
 
     /// Starts the counters of a new rule, and of outputs that are new in it, at zero.
     pub fn open(&mut self, entry: &Entry, new_rule: bool, new_outputs: &[OutputSlot], programs: &Programs) {
+        self.redirected.look_up(entry, programs);
         if new_rule {
             self.let_slot(entry, programs);
             self.rule_rates.samples.remove(&entry.slot);
@@ -305,6 +319,7 @@ impl Books {
             no_worker: raw.no_worker - base.no_worker,
             looped: raw.looped - base.looped,
             cut: raw.cut - base.cut,
+            not_redirected: raw.not_redirected - base.not_redirected,
             received: raw.received - base.received,
             received_bytes: raw.received_bytes - base.received_bytes,
             last_seen_ns: if raw.last_seen_ns > base.last_seen_ns { raw.last_seen_ns } else { 0 },
@@ -326,8 +341,17 @@ impl Books {
     }
 
     fn raw_rule(&self, slot: RuleSlot, kernel: RuleCounters) -> RuleTotals {
-        let RuleCounters { matched, no_worker, looped, .. } = kernel;
-        let mut totals = RuleTotals { matched, no_worker, looped, ..RuleTotals::default() };
+        let RuleCounters { matched, no_worker, looped, not_redirected, redirect_bytes, .. } = kernel;
+        let mut totals = RuleTotals {
+            matched,
+            no_worker,
+            looped,
+            not_redirected,
+            received: redirected::offered(&kernel),
+            received_bytes: redirect_bytes,
+            last_seen_ns: self.redirected.seen_ns(slot),
+            ..RuleTotals::default()
+        };
         for (ledger, _) in self.ledgers.values() {
             let counters = ledger.rule(slot);
             totals.received += counters.received.get();
@@ -353,11 +377,12 @@ impl Books {
             retried: raw.retried - base.retried,
             approximate: raw.approximate - base.approximate,
             dropped: std::array::from_fn(|reason| raw.dropped[reason] - base.dropped[reason]),
+            skipped: raw.skipped - base.skipped,
         }
     }
 
     fn raw_output(&self, slot: OutputSlot) -> OutputTotals {
-        let mut totals = OutputTotals::default();
+        let mut totals = self.sent_by_kernel(slot);
         for (ledger, _) in self.ledgers.values() {
             let counters = ledger.output(slot);
             totals.sent += counters.sent.get();
@@ -371,6 +396,33 @@ impl Books {
             totals.received += counters.received.get();
         }
         totals
+    }
+
+    /// What the kernel did for an output by itself. What came while it was none of the outputs was pending.
+    fn sent_by_kernel(&self, slot: OutputSlot) -> OutputTotals {
+        let OfOutput { offered, totals } = self.redirected.output(slot);
+        let mut dropped = [0; DropReason::ALL.len()];
+        dropped[DropReason::Pending as usize] = offered.saturating_sub(totals.received);
+        dropped[DropReason::TooBig as usize] = totals.counters.too_big;
+        dropped[DropReason::TtlExpired as usize] = totals.counters.ttl_expired;
+        OutputTotals {
+            received: offered.max(totals.received),
+            sent: totals.counters.rewritten,
+            sent_bytes: totals.counters.rewritten_bytes,
+            dropped,
+            skipped: totals.skipped(),
+            ..OutputTotals::default()
+        }
+    }
+
+    /// The kernel serves a rule from now on.
+    pub fn redirects(&mut self, slot: RuleSlot) {
+        self.redirected.begin(slot);
+    }
+
+    /// Looks up what the kernel sent on by itself.
+    pub fn follow_redirected(&mut self, state: &State, programs: &Programs) {
+        self.redirected.follow(state, programs);
     }
 
     /// What a datapath made of an interface's frames.
@@ -538,8 +590,10 @@ impl Books {
     }
 
     /// Keeps what a program counted that is about to be detached.
-    pub fn program_ends(&mut self, interface: &InterfaceName, program: &Steering) {
+    pub fn program_ends(&mut self, interface: &InterfaceName, state: &State, programs: &Programs) {
         self.verdicts.remove(interface);
+        self.redirected.program_ends(interface, state, programs);
+        let Some(program) = programs.get(interface) else { return };
         for (slot, _) in self.tenants.iter().filter(|(_, tenant)| tenant.interface == *interface) {
             if let Ok(counters) = program.rule(*slot) {
                 add_rule(self.former_rules.entry(*slot).or_default(), &counters);
@@ -567,8 +621,9 @@ impl Books {
         let seconds = self.sampled.elapsed().as_secs_f64();
         self.sampled = Instant::now();
         for entry in state.rules().iter() {
-            let received =
+            let by_workers: u64 =
                 self.ledgers.values().map(|(ledger, _)| ledger.rule(entry.slot).received.get()).sum();
+            let received = by_workers + redirected::offered(&self.redirected.rule(entry.slot));
             self.rule_rates.sample(entry.slot, received, seconds);
             for slot in &entry.output_slots {
                 let totals = self.raw_output(*slot);

@@ -12,7 +12,6 @@ use crate::{
             RuleRemoval, RuleSpec, SCHEMA, Stopping,
         },
     },
-    datapath,
     rule::{DatapathChoice, Input, Origin, Output, OutputSlot, Rule, RuleName},
     ruleset::{Amendment, Change, Entry, Refusal},
     supervisor::{run::Daemon, settings, state::Problem},
@@ -73,6 +72,7 @@ impl Daemon {
     async fn perform(&mut self, request: Request) -> Answer {
         if matches!(request, Request::Stats(_) | Request::Status) {
             self.read_packet_statistics();
+            self.books.follow_redirected(&self.state, &self.programs);
         }
         match request {
             Request::Ping => json(&Pong {
@@ -165,7 +165,6 @@ impl Daemon {
         if asked.0.is_none() {
             asked = self.settings.datapath;
         }
-        datapath::check_built(asked).map_err(refused)?;
         Ok(asked)
     }
 

@@ -1,10 +1,11 @@
 //! What happens to the supervisor, and what it does about it.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use mcr_common::flow::{FlowKey4, FlowValue};
 
 use crate::{
+    ebpf::RedirectOutput,
     net::{egress_socket::EgressKey, links::Links, membership::Membership, neighbours::NextHops},
     rule::{Datapath, IfIndex, InterfaceName, RuleSlot},
     worker::protocol::{CompiledRule, PacketRing},
@@ -66,6 +67,15 @@ pub struct Fanout {
     pub ring: PacketRing,
 }
 
+/// Which interfaces take frames that the kernel redirects, and what of theirs that would pass by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Targets {
+    /// Of each interface that was asked: why it takes none, if it takes none.
+    pub refusals: BTreeMap<InterfaceName, Option<String>>,
+    /// Of each interface that was asked: the firewall or the shaping that is in place there, if any is.
+    pub hooks: BTreeMap<InterfaceName, Option<String>>,
+}
+
 /// What happens beside the operator's commands.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -77,6 +87,8 @@ pub enum Event {
     WorkerExited { id: WorkerId, why: String, lived: Duration },
     /// The pause after a worker's end is over.
     RestartDue { id: WorkerId },
+    /// What the kernel can do by itself, and what that would pass by, is this now.
+    Targets(Targets),
     /// What could not be joined is to be tried again.
     JoinsDue,
     /// The daemon is to end.
@@ -148,6 +160,17 @@ pub enum Effect {
     RemoveRule {
         id: WorkerId,
         slot: RuleSlot,
+    },
+    /// Give rules the outputs that the kernel sends their datagrams on to by itself; no frame leaves by their former
+    /// ones any more when it is done.
+    SetOutputs {
+        interface: InterfaceName,
+        rules: Vec<(RuleSlot, Vec<RedirectOutput>)>,
+    },
+    /// Take from rules, which no flow feeds any more, the outputs that the kernel has for them.
+    DropOutputs {
+        interface: InterfaceName,
+        rules: Vec<RuleSlot>,
     },
     SetFlow {
         interface: InterfaceName,

@@ -25,16 +25,17 @@ use crate::{
         wire::{Alarm, Request},
     },
     config::Config,
-    datapath::{self, af_packet, af_xdp, budget},
-    ebpf::{self, Object, Placement, Steering},
+    datapath::{af_packet, af_xdp, budget},
+    ebpf::{self, Object, Placement, RedirectOutput, Steering},
     net::{
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
         membership::{Membership, Memberships},
         neighbours::{NeighbourWatch, NextHop, NextHops},
         packet_socket::PacketSocket,
+        redirect_target::takes_redirects,
     },
-    rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule},
+    rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule, RuleSlot},
     ruleset::{Entry, OUTPUTS_PER_RULE},
     supervisor::{
         Launch,
@@ -42,7 +43,7 @@ use crate::{
         books::{Books, Programs},
         configuration::{Configuration, overdue},
         devices::Devices,
-        event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
+        event::{Effect, Event, Failure, Fanout, FrameSource, Targets, WorkerId, WorkerSpec},
         host::{self, Namespace},
         journal::Journal,
         log::LogControl,
@@ -193,7 +194,6 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
 /// What the settings and this host give, or why they give too little.
 fn limits(settings: &Settings, object: &Object) -> anyhow::Result<Limits> {
     host::check_io_uring()?;
-    datapath::check_built(settings.datapath)?;
     if let Some(rx_ring) = settings.rx_ring.filter(|places| *places > settings.frames) {
         let frames = settings.frames;
         anyhow::bail!("--rx-ring {rx_ring} has more places than there are frames: at most --frames {frames}");
@@ -326,7 +326,9 @@ impl Daemon {
                     self.end_hung_workers();
                     self.check_ledger();
                     self.clear_socket_errors();
+                    self.books.follow_redirected(&self.state, &self.programs);
                     self.books.sample(&self.state);
+                    self.read_targets().await;
                     if self.state.awaits_slot() {
                         self.read_links(&links).await;
                     }
@@ -495,6 +497,14 @@ impl Daemon {
 
     /// Does what is planned until nothing is.
     pub async fn settle(&mut self) {
+        let known = &self.state.targets().refusals;
+        if self.state.has_bpf()
+            && self.state.egress_interfaces().iter().any(|name| !known.contains_key(*name))
+        {
+            // What rules newly send from is asked before it is decided how they do.
+            let targets = Targets { refusals: self.ask_targets(), ..Targets::default() };
+            self.state.apply(Event::Targets(targets));
+        }
         loop {
             let plan = self.state.plan();
             if plan.is_empty() {
@@ -560,9 +570,8 @@ impl Daemon {
                     }
                     stays
                 });
-                if let Some(program) = self.programs.remove(interface) {
-                    self.books.program_ends(interface, &program);
-                }
+                self.books.program_ends(interface, &self.state, &self.programs);
+                self.programs.remove(interface);
                 Ok(())
             }
             Effect::StartWorker { id, spec } => self.start_worker(id, spec).await,
@@ -584,6 +593,16 @@ impl Daemon {
                     let _ = events.send(Event::RestartDue { id });
                 });
                 Ok(())
+            }
+            Effect::SetOutputs { interface, rules } => {
+                for (slot, _) in rules {
+                    self.books.redirects(*slot);
+                }
+                self.set_outputs(interface, rules)
+            }
+            Effect::DropOutputs { interface, rules } => {
+                let rules: Vec<_> = rules.iter().map(|slot| (*slot, Vec::new())).collect();
+                self.set_outputs(interface, &rules)
             }
             Effect::SetFlow { interface, key, value } => match self.programs.get_mut(interface) {
                 Some(program) => program.set_flow(key, *value).map_err(|error| refused(&error)),
@@ -608,6 +627,34 @@ impl Daemon {
             | Effect::UpsertRule { id, .. }
             | Effect::RemoveRule { id, .. } => self.tell_worker(id, effect).await,
         }
+    }
+
+    /// Has the kernel send rules' datagrams on to these outputs.
+    fn set_outputs(
+        &mut self,
+        interface: &InterfaceName,
+        rules: &[(RuleSlot, Vec<RedirectOutput>)],
+    ) -> Result<(), Failure> {
+        let Some(program) = self.programs.get_mut(interface) else { return Ok(()) };
+        program.set_outputs(rules).map_err(|error| refused(&error))
+    }
+
+    /// Asks the kernel which of the interfaces that rules send from take redirected frames.
+    async fn read_targets(&mut self) {
+        let targets = Targets { refusals: self.ask_targets(), ..Targets::default() };
+        if targets != *self.state.targets() {
+            self.take(Event::Targets(targets)).await;
+        }
+    }
+
+    fn ask_targets(&self) -> BTreeMap<InterfaceName, Option<String>> {
+        let links = self.state.links();
+        let ask = |name: &InterfaceName| {
+            let link = links.get(name)?;
+            let refusal = takes_redirects(name, link.index, &link.kind).err();
+            Some((name.clone(), refusal.map(|error| one_line(&error))))
+        };
+        self.state.egress_interfaces().into_iter().filter_map(ask).collect()
     }
 
     fn placement<'a>(&self, interface: &'a InterfaceName) -> Result<Placement<'a>, String> {

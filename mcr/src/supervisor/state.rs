@@ -18,6 +18,7 @@ use crate::{
         self, af_packet, af_xdp,
         budget::{self, HostLimits, Shortfall},
     },
+    ebpf::RedirectOutput,
     net::{
         egress_socket::EgressKey,
         links::{Link, Links},
@@ -25,10 +26,11 @@ use crate::{
         neighbours::{Host, Neighbour, NextHop, NextHops},
     },
     rule::{
-        Datapath, DatapathChoice, Dscp, IfIndex, InterfaceName, Origin, Output, Rule, RuleName, RuleSlot, Ttl,
+        Datapath, DatapathChoice, Dscp, IfIndex, InterfaceName, Origin, Output, OutputSlot, Rule, RuleName,
+        RuleSlot, Ttl,
     },
     ruleset::{self, Amendment, Change, Entry, Refusal, RuleSet},
-    supervisor::event::{Effect, Event, Failure, Fanout, FrameSource, WorkerId, WorkerSpec},
+    supervisor::event::{Effect, Event, Failure, Fanout, FrameSource, Targets, WorkerId, WorkerSpec},
     worker::{
         ledger::DropReason,
         protocol::{self, CompiledOutput, CompiledRule, Route},
@@ -88,6 +90,9 @@ pub struct Mishaps {
     waiting: bool,
 }
 
+/// Outputs by rule, as the kernel has them.
+type Outputs = BTreeMap<RuleSlot, Vec<RedirectOutput>>;
+
 /// Flow tables by interface.
 type Flows = BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>;
 
@@ -123,6 +128,8 @@ struct Actual {
     flows: Flows,
     memberships: BTreeSet<Membership>,
     workers: BTreeMap<WorkerId, Running>,
+    /// Outputs that the kernel itself sends on to.
+    outputs: BTreeMap<InterfaceName, Outputs>,
     /// A flow was deleted or moved, and nobody has waited yet for the programs that may still act on it.
     barrier_due: bool,
 }
@@ -166,6 +173,9 @@ pub struct State {
     interface_failures: BTreeMap<InterfaceName, String>,
     fanout_failures: BTreeMap<InterfaceName, String>,
     xdp_refusals: BTreeMap<InterfaceName, XdpRefusal>,
+    targets: Targets,
+    /// Why the kernel cannot send on what comes in on an interface.
+    output_failures: BTreeMap<InterfaceName, String>,
     flow_failures: BTreeMap<InterfaceName, BTreeMap<FlowKey4, String>>,
     join_refusals: BTreeMap<Membership, JoinRefusal>,
     egress_failures: BTreeMap<EgressKey, String>,
@@ -187,6 +197,8 @@ impl State {
             interface_failures: BTreeMap::new(),
             fanout_failures: BTreeMap::new(),
             xdp_refusals: BTreeMap::new(),
+            targets: Targets::default(),
+            output_failures: BTreeMap::new(),
             flow_failures: BTreeMap::new(),
             join_refusals: BTreeMap::new(),
             egress_failures: BTreeMap::new(),
@@ -326,7 +338,52 @@ impl State {
 
     /// The datapath that serves a rule.
     pub fn datapath_of(&self, rule: &Rule) -> Datapath {
-        datapath::choose(rule.datapath, self.prefers_xdp(&rule.input.interface))
+        self.choose(rule, self.prefers_xdp(&rule.input.interface))
+    }
+
+    /// The datapath of a rule; `xdp` is whether `auto` takes XDP on its interface.
+    fn choose(&self, rule: &Rule, xdp: bool) -> Datapath {
+        datapath::choose(rule.datapath, xdp, || self.auto_redirect_objection(rule).is_none())
+    }
+
+    /// Why `auto` does not have the kernel send a rule's datagrams on, if it does not.
+    pub fn auto_redirect_objection(&self, rule: &Rule) -> Option<String> {
+        self.redirect_objection(rule).or_else(|| {
+            let hook = |interface| match self.targets.hooks.get(interface) {
+                Some(hook) => hook.clone(),
+                None => Some(format!("it is not known what {interface} sends through")),
+            };
+            rule.outputs.iter().map(|output| &output.interface).find_map(hook)
+        })
+    }
+
+    /// Why the kernel cannot send a rule's datagrams on by itself, if it cannot. An output that waits for its
+    /// interface is no objection.
+    fn redirect_objection(&self, rule: &Rule) -> Option<String> {
+        if let Some(why) = self.output_failures.get(&rule.input.interface) {
+            return Some(why.clone());
+        }
+        rule.outputs.iter().find_map(|output| {
+            let interface = &output.interface;
+            if let Some(why) = datapath::redirect::needs_host(output) {
+                return Some(format!("{output}: {why}"));
+            }
+            let link = self.links.get(interface)?;
+            match self.targets.refusals.get(interface) {
+                _ if link.mac.is_none() => Some(format!("{interface} has no Ethernet address")),
+                Some(refusal) => refusal.clone(),
+                None => Some(format!("it is not known whether {interface} takes redirected frames")),
+            }
+        })
+    }
+
+    /// The interfaces that rules send from.
+    pub fn egress_interfaces(&self) -> BTreeSet<&InterfaceName> {
+        self.rules.iter().flat_map(|entry| &entry.rule.outputs).map(|output| &output.interface).collect()
+    }
+
+    pub fn targets(&self) -> &Targets {
+        &self.targets
     }
 
     /// Adds a rule. What it takes is in the next plan.
@@ -392,6 +449,7 @@ impl State {
                     mishaps.waiting = false;
                 }
             }
+            Event::Targets(targets) => self.targets = targets,
             Event::JoinsDue => self.join_refusals.values_mut().for_each(|refusal| refusal.stale = true),
             Event::Stop => self.stopping = true,
         }
@@ -403,6 +461,7 @@ impl State {
         let same = |name: &InterfaceName| old.get(name) == self.links.get(name);
         self.interface_failures.retain(|name, _| same(name));
         self.fanout_failures.retain(|name, _| same(name));
+        self.output_failures.clear();
         self.flow_failures.retain(|name, _| same(name));
         self.xdp_refusals.retain(|name, refusal| {
             let (Some(old), Some(new)) = (old.get(name), self.links.get(name)) else { return false };
@@ -438,6 +497,7 @@ impl State {
     fn forget_failures(&mut self, interface: &InterfaceName) {
         self.interface_failures.remove(interface);
         self.fanout_failures.remove(interface);
+        self.output_failures.remove(interface);
         self.flow_failures.remove(interface);
         self.join_refusals.clear();
         self.egress_failures.clear();
@@ -457,6 +517,7 @@ impl State {
         let wanted = self.wanted_flows();
         self.plan_flow_removals(&wanted, relays, &mut effects);
         self.plan_rule_removals(&mut effects);
+        self.plan_output_removals(&mut effects);
         let memberships = self.wanted_memberships();
         self.plan_leaves(&memberships, &mut effects);
         if self.stopping {
@@ -467,6 +528,7 @@ impl State {
         self.plan_interfaces(&mut effects);
         self.plan_flows(&wanted, bars, &mut effects);
         self.plan_workers(&mut effects);
+        self.plan_outputs(&mut effects);
         self.plan_joins(&memberships, &mut effects);
         self.plan_flows(&wanted, relays, &mut effects);
         self.plan_flow_removals(&wanted, bars, &mut effects);
@@ -560,7 +622,7 @@ impl State {
     /// The action of a rule's own flow, if it has one now; `xdp` is whether `auto` takes XDP.
     fn relaying(&self, entry: &Entry, xdp: bool) -> Option<u32> {
         let input = &entry.rule.input;
-        let datapath = datapath::choose(entry.rule.datapath, xdp);
+        let datapath = self.choose(&entry.rule, xdp);
         if self.serves(&input.interface, datapath) {
             return Some(relaying_action(datapath));
         }
@@ -599,11 +661,72 @@ impl State {
                     let fed = flow.is_some_and(|flow| flow.action == relaying_action(id.datapath));
                     rule.input.interface == id.interface
                         && ruleset::key(&rule.input) == compiled.key
-                        && (fed || datapath::choose(rule.datapath, xdp) == id.datapath)
+                        && (fed || self.choose(rule, xdp) == id.datapath)
                 });
                 if !stays || self.stopping {
                     effects.push(Effect::RemoveRule { id: id.clone(), slot: *slot });
                 }
+            }
+        }
+    }
+
+    /// What the kernel is to send on by itself of what comes in on an interface.
+    fn wanted_outputs(&self, interface: &InterfaceName) -> Outputs {
+        let xdp = self.prefers_xdp(interface);
+        let its = |entry: &&Entry| {
+            entry.rule.input.interface == *interface && self.choose(&entry.rule, xdp) == Datapath::Redirect
+        };
+        let outputs = |entry: &Entry| {
+            let served = entry.outputs().filter_map(|(output, slot)| self.redirect_output(output, slot));
+            (entry.slot, served.collect())
+        };
+        self.rules.iter().filter(its).map(outputs).collect()
+    }
+
+    /// An output as the kernel is to serve it, unless it waits for something.
+    fn redirect_output(&self, output: &Output, slot: OutputSlot) -> Option<RedirectOutput> {
+        let (route, key) =
+            self.route(output).ok().filter(|_| datapath::redirect::needs_host(output).is_none())?;
+        let mac = self.links.get(&output.interface)?.mac?;
+        let egress =
+            datapath::redirect::Egress { mac, address: route.source, port: key.source_port, mtu: route.mtu };
+        let rewrite = datapath::redirect::rewrite(output, egress);
+        Some(RedirectOutput { slot, egress: IfIndex(route.ifindex), rewrite })
+    }
+
+    /// Gives rules the outputs that the kernel is to serve.
+    fn plan_outputs(&self, effects: &mut Vec<Effect>) {
+        for interface in self.rules.interfaces() {
+            let attach = Effect::Attach { interface: interface.clone() };
+            if !self.serves(interface, Datapath::Redirect) && !effects.contains(&attach) {
+                continue;
+            }
+            let actual = self.actual.outputs.get(interface);
+            let mut wanted = self.wanted_outputs(interface);
+            wanted.retain(|slot, outputs| actual.and_then(|actual| actual.get(slot)) != Some(outputs));
+            if !wanted.is_empty() {
+                let rules = wanted.into_iter().collect();
+                effects.push(Effect::SetOutputs { interface: interface.clone(), rules });
+            }
+        }
+    }
+
+    /// Takes outputs from the kernel whose rules are gone or elsewhere, once no flow feeds them.
+    fn plan_output_removals(&self, effects: &mut Vec<Effect>) {
+        for (interface, outputs) in &self.actual.outputs {
+            let wanted = if self.stopping { Outputs::new() } else { self.wanted_outputs(interface) };
+            let stands = |slot: &RuleSlot| {
+                self.rules.iter().any(|entry| entry.slot == *slot && entry.rule.input.interface == *interface)
+            };
+            let fed = |slot: &RuleSlot| {
+                let mut flows = self.actual.flows.get(interface).into_iter().flat_map(|flows| flows.values());
+                stands(slot) && flows.any(|flow| flow.rule == slot.0 && flow.action == action::REDIRECT)
+            };
+            let unused =
+                outputs.keys().filter(|slot| !wanted.contains_key(slot) && (self.stopping || !fed(slot)));
+            let rules: Vec<_> = unused.copied().collect();
+            if !rules.is_empty() {
+                effects.push(Effect::DropOutputs { interface: interface.clone(), rules });
             }
         }
     }
@@ -657,24 +780,32 @@ impl State {
     /// Interfaces that rules come in on or came in on, that exist, and on which nothing has failed; with the
     /// datapaths that they are to serve.
     fn demands(&self) -> Vec<(InterfaceName, Link, Vec<Datapath>)> {
-        let mut asked: BTreeMap<&InterfaceName, BTreeSet<DatapathChoice>> = BTreeMap::new();
+        let mut asked: BTreeMap<&InterfaceName, Vec<&Rule>> = BTreeMap::new();
         for entry in self.rules.iter() {
-            asked.entry(&entry.rule.input.interface).or_default().insert(entry.rule.datapath);
+            asked.entry(&entry.rule.input.interface).or_default().push(&entry.rule);
         }
         for interface in self.actual.served.keys() {
             asked.entry(interface).or_default();
         }
-        let demand = |(interface, asked): (&InterfaceName, BTreeSet<DatapathChoice>)| {
+        let demand = |(interface, rules): (&InterfaceName, Vec<&Rule>)| {
             let usable = |link: &&Link| link.ethernet && !self.interface_failures.contains_key(interface);
             let link = self.links.get(interface).filter(usable)?;
             let xdp = self.prefers_xdp(interface);
-            let mut datapaths: BTreeSet<_> =
-                asked.iter().map(|&asked| datapath::choose(asked, xdp)).collect();
+            let mut datapaths: BTreeSet<_> = rules.iter().map(|rule| self.choose(rule, xdp)).collect();
             // What an interface serves it goes on to serve.
-            let both = [Datapath::AfXdp, Datapath::AfPacket];
-            datapaths.extend(both.iter().filter(|datapath| self.serves(interface, **datapath)));
-            if asked.contains(&DatapathChoice(None)) && self.may_attach(interface) {
-                datapaths.insert(Datapath::AfXdp);
+            let relays_by = |datapath| {
+                self.serves(interface, datapath)
+                    && self.worker_ids().iter().any(|id| id.is_of(interface, datapath))
+            };
+            datapaths.extend(
+                [Datapath::AfXdp, Datapath::AfPacket].into_iter().filter(|datapath| relays_by(*datapath)),
+            );
+            if self.serves(interface, Datapath::AfPacket) {
+                datapaths.insert(Datapath::AfPacket);
+            }
+            let by_auto = rules.iter().filter(|rule| rule.datapath == DatapathChoice(None));
+            if self.may_attach(interface) {
+                datapaths.extend(by_auto.map(|rule| self.choose(rule, true)));
             }
             Some((interface.clone(), link.clone(), datapaths.into_iter().collect()))
         };
@@ -699,7 +830,10 @@ impl State {
                         }
                     }
                 } else if self.may_attach(&interface) {
-                    opened.push(Effect::Attach { interface: interface.clone() });
+                    let attach = Effect::Attach { interface: interface.clone() };
+                    if !opened.contains(&attach) {
+                        opened.push(attach);
+                    }
                 }
             }
             if !opened.is_empty() && !self.actual.served.contains_key(&interface) {
@@ -735,7 +869,7 @@ impl State {
         let mut egress_ids = std::mem::take(&mut self.egress_ids);
         for (interface, link, datapaths) in self.demands() {
             let own_sources = self.own_sources(&interface);
-            for datapath in datapaths {
+            for datapath in datapaths.into_iter().filter(|datapath| *datapath != Datapath::Redirect) {
                 let workers = self.wanted_workers(&interface, &link, datapath);
                 if !workers.is_empty() {
                     let surplus = self
@@ -820,9 +954,7 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let xdp = self.prefers_xdp(&id.interface);
-        let its = |rule: &Rule| {
-            rule.input.interface == id.interface && datapath::choose(rule.datapath, xdp) == id.datapath
-        };
+        let its = |rule: &Rule| rule.input.interface == id.interface && self.choose(rule, xdp) == id.datapath;
         let mut slots = BTreeSet::new();
         let mut needed = BTreeMap::new();
         let mut upserts = Vec::new();
@@ -978,6 +1110,9 @@ impl State {
 
     /// Whether every worker that gets flows of this action relays a rule.
     fn all_relay(&self, interface: &InterfaceName, action: u32, slot: RuleSlot) -> bool {
+        if action == action::REDIRECT {
+            return self.actual.outputs.get(interface).is_some_and(|outputs| outputs.contains_key(&slot));
+        }
         let its = |id: &&WorkerId| id.interface == *interface && relaying_action(id.datapath) == action;
         let waits = self.mishaps.iter().any(|(id, mishaps)| its(&id) && mishaps.waiting);
         let relays = |id: &WorkerId| {
@@ -1012,6 +1147,7 @@ impl State {
             Effect::Detach { interface } => {
                 actual.served.remove(interface);
                 actual.flows.remove(interface);
+                actual.outputs.remove(interface);
             }
             Effect::StartWorker { id, spec } => {
                 actual.workers.insert(id.clone(), Running { spec: Some(spec.clone()), ..Running::default() });
@@ -1037,6 +1173,12 @@ impl State {
             }
             Effect::RemoveRule { id, slot } => {
                 actual.workers.entry(id.clone()).or_default().rules.remove(slot);
+            }
+            Effect::SetOutputs { interface, rules } => {
+                actual.outputs.entry(interface.clone()).or_default().extend(rules.iter().cloned());
+            }
+            Effect::DropOutputs { interface, rules } => {
+                actual.outputs.entry(interface.clone()).or_default().retain(|slot, _| !rules.contains(slot));
             }
             Effect::SetFlow { interface, key, value } => {
                 let former = actual.flows.entry(interface.clone()).or_default().insert(*key, *value);
@@ -1078,6 +1220,9 @@ impl State {
             (Effect::OpenFanout { interface, .. }, Failure::Refused(why)) => {
                 self.fanout_failures.insert(interface.clone(), why);
             }
+            (Effect::SetOutputs { interface, .. }, Failure::Refused(why)) => {
+                self.output_failures.insert(interface.clone(), why);
+            }
             (Effect::SetFlow { interface, key, .. }, Failure::Refused(why)) => {
                 self.flow_failures.entry(interface.clone()).or_default().insert(*key, why);
             }
@@ -1114,6 +1259,11 @@ impl State {
         if !link.up {
             return Some((Problem::Waits, format!("interface {interface} is down")));
         }
+        if datapath == Datapath::Redirect {
+            let attached = self.serves(interface, datapath);
+            return (!attached)
+                .then(|| (Problem::Waits, format!("no program is attached to {interface} yet")));
+        }
         let its = |id: &&WorkerId| id.interface == *interface && id.datapath == datapath;
         let restarting = self.mishaps.iter().find(|(id, mishaps)| its(id) && mishaps.waiting);
         let restarting = restarting.map(|(id, mishaps)| {
@@ -1130,7 +1280,13 @@ impl State {
     /// Why a rule cannot relay now, if it cannot.
     pub fn rule_problem(&self, entry: &Entry) -> Option<(Problem, String)> {
         let failure = || self.join_refusal(entry).or_else(|| self.flow_failure(entry));
-        self.interface_problem(&entry.rule.input.interface, self.datapath_of(&entry.rule))
+        let datapath = self.datapath_of(&entry.rule);
+        let objection = || {
+            let why = self.redirect_objection(&entry.rule).filter(|_| datapath == Datapath::Redirect)?;
+            Some((Problem::Failed, format!("the kernel cannot send it on by itself: {why}")))
+        };
+        self.interface_problem(&entry.rule.input.interface, datapath)
+            .or_else(objection)
             .or_else(|| failure().map(|why| (Problem::Failed, why.clone())))
     }
 
@@ -1168,7 +1324,11 @@ fn bars(flow_action: u32) -> bool {
 
 /// The action by which a datapath's workers get a flow.
 fn relaying_action(datapath: Datapath) -> u32 {
-    if datapath == Datapath::AfPacket { action::PASS } else { action::STEER }
+    match datapath {
+        Datapath::AfPacket => action::PASS,
+        Datapath::AfXdp => action::STEER,
+        Datapath::Redirect => action::REDIRECT,
+    }
 }
 
 /// How bad a problem is.

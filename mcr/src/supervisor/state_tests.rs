@@ -42,6 +42,7 @@ fn link(n: u8) -> (InterfaceName, Link) {
         index: IfIndex(10 + u32::from(n)),
         up: true,
         mtu: 1500,
+        mac: Some([2, 0, 0, 0, 0, n]),
         ethernet: true,
         arp: true,
         addresses: vec![Ipv4Addr::new(10, 0, n, 1)],
@@ -107,8 +108,17 @@ fn line(effect: &Effect) -> String {
             text
         }
         Effect::RemoveRule { id, slot } => format!("remove {id} rule {}", slot.0),
+        Effect::SetOutputs { interface, rules } => {
+            let rule = |(slot, outputs): &(RuleSlot, Vec<RedirectOutput>)| {
+                let outputs: Vec<_> =
+                    outputs.iter().map(|output| format!(" {}%{}", output.slot.0, output.egress.0)).collect();
+                format!(" rule {}{}", slot.0, outputs.concat())
+            };
+            format!("outputs {interface}{}", rules.iter().map(rule).collect::<String>())
+        }
+        Effect::DropOutputs { interface, rules } => format!("drop outputs {interface} {rules:?}"),
         Effect::SetFlow { interface, key, value } => {
-            let action = ["steer", "loop", "pass"][value.action as usize - 1];
+            let action = ["steer", "loop", "pass", "redirect"][value.action as usize - 1];
             format!("set {interface} {} {action} rule {}", flow(key), value.rule)
         }
         Effect::DeleteFlow { interface, key } => format!("delete {interface} {}", flow(key)),
@@ -160,6 +170,8 @@ struct World {
     links: Links,
     served: BTreeMap<InterfaceName, Kernel>,
     flows: BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>,
+    /// What the kernel sends on by itself.
+    outputs: BTreeMap<(InterfaceName, u32), Vec<RedirectOutput>>,
     memberships: BTreeSet<Membership>,
     processes: BTreeMap<WorkerId, Process>,
     /// Flows were deleted that a program may still act on.
@@ -189,6 +201,7 @@ impl World {
                 assert!(!self.processes.keys().any(|id| id.interface == *interface), "workers outlive it");
                 self.served.remove(interface).expect("detached what is not served");
                 self.flows.remove(interface);
+                self.outputs.retain(|(name, _), _| name != interface);
             }
             Effect::StartWorker { id, spec } => {
                 let kernel =
@@ -227,9 +240,24 @@ impl World {
                 assert!(!fed, "its flow stands");
                 self.process(id).rules.remove(&slot.0).expect("removed what is not there");
             }
+            Effect::SetOutputs { interface, rules } => {
+                assert!(self.served.get(interface).is_some_and(|kernel| kernel.xdp), "no program");
+                for (slot, outputs) in rules {
+                    self.outputs.insert((interface.clone(), slot.0), outputs.clone());
+                }
+            }
+            Effect::DropOutputs { interface, rules } => {
+                assert!(!self.dirty, "dropped before the barrier");
+                for slot in rules {
+                    let mut flows = self.flows.get(interface).into_iter().flatten();
+                    let fed = flows.any(|(_, flow)| (flow.rule, flow.action) == (slot.0, action::REDIRECT));
+                    assert!(!fed, "its flow stands");
+                    self.outputs.remove(&(interface.clone(), slot.0)).expect("dropped what is not there");
+                }
+            }
             Effect::SetFlow { interface, key, value } => {
                 let kernel = self.served.get(interface).expect("a flow without a program");
-                let served = [Datapath::AfXdp, Datapath::AfPacket]
+                let served = [Datapath::AfXdp, Datapath::AfPacket, Datapath::Redirect]
                     .iter()
                     .any(|datapath| relaying_action(*datapath) == value.action && kernel.serves(*datapath));
                 assert!(served || bars(value.action), "a flow that nobody takes");
@@ -239,6 +267,8 @@ impl World {
                     !its || holds
                 };
                 assert!(self.processes.iter().all(held), "given to a worker without the rule");
+                let given = self.outputs.contains_key(&(interface.clone(), value.rule));
+                assert!(given || value.action != action::REDIRECT, "sent on to nowhere");
                 let former = self.flows.entry(interface.clone()).or_default().insert(*key, *value);
                 self.dirty |= former.is_some_and(|former| former.action != value.action);
             }
@@ -423,6 +453,7 @@ impl Supervisor {
         for (name, link) in &self.world.links {
             let rules: Vec<_> = served.iter().filter(|entry| entry.rule.input.interface == *name).collect();
             self.check_flows(name, &rules);
+            self.check_outputs(name, &rules);
             if let Some(kernel) = self.world.served.get(name) {
                 self.check_workers(name, link, kernel, &rules);
             }
@@ -437,7 +468,34 @@ impl Supervisor {
     /// The datapath of a rule, as the kernel has it.
     fn datapath(&self, rule: &Rule) -> Datapath {
         let xdp = self.world.served.get(&rule.input.interface).is_some_and(|kernel| kernel.xdp);
-        rule.datapath.0.unwrap_or(if xdp { Datapath::AfXdp } else { Datapath::AfPacket })
+        let by_kernel = || self.state.auto_redirect_objection(rule).is_none();
+        rule.datapath.0.unwrap_or_else(|| match xdp {
+            true if by_kernel() => Datapath::Redirect,
+            true => Datapath::AfXdp,
+            false => Datapath::AfPacket,
+        })
+    }
+
+    /// The kernel has the outputs of the rules that it serves, those of them that can send, and no others.
+    fn check_outputs(&self, name: &InterfaceName, rules: &[&&Entry]) {
+        let its = self.world.outputs.iter().filter(|((interface, _), _)| interface == name);
+        let outputs: BTreeMap<_, Vec<_>> = its
+            .map(|((_, slot), outputs)| {
+                (*slot, outputs.iter().map(|output| (output.slot, output.egress)).collect())
+            })
+            .collect();
+        let by_kernel = rules.iter().filter(|entry| self.datapath(&entry.rule) == Datapath::Redirect);
+        let expected: BTreeMap<_, Vec<_>> = by_kernel
+            .map(|entry| {
+                let sends = |output: &Output| {
+                    self.source(output).is_some() && datapath::redirect::needs_host(output).is_none()
+                };
+                let outputs = entry.outputs().filter(|(output, _)| sends(output));
+                let index = |output: &Output| self.world.links[&output.interface].index;
+                (entry.slot.0, outputs.map(|(output, slot)| (slot, index(output))).collect())
+            })
+            .collect();
+        assert_eq!(outputs, expected, "{name}");
     }
 
     fn check_flows(&self, name: &InterfaceName, rules: &[&&Entry]) {
@@ -489,7 +547,9 @@ impl Supervisor {
             assert_eq!(open, needed_sockets(&process.rules), "{id}");
         }
         queues.sort_unstable();
-        let all = if kernel.xdp { link.rx_queues } else { 0 };
+        let by_worker =
+            !queues.is_empty() || rules.iter().any(|entry| self.datapath(&entry.rule) == Datapath::AfXdp);
+        let all = if kernel.xdp && by_worker { link.rx_queues } else { 0 };
         assert!(queues.iter().copied().eq(0..all), "{name}: {queues:?}");
         assert_eq!(packet_workers, kernel.fanout.map_or(0, |fanout| fanout.sockets), "{name}");
     }
@@ -1711,7 +1771,7 @@ enum Step {
     },
     Datapath {
         rule: u8,
-        datapath: Option<bool>,
+        datapath: u8,
     },
     Amend {
         rule: u8,
@@ -1741,6 +1801,8 @@ enum Step {
         worker: u8,
     },
     JoinsDue,
+    /// Whether each interface takes redirected frames, and whether nothing is in place there.
+    Targets(Vec<(bool, bool)>),
     /// From now on this fails, or nothing does.
     Fail {
         what: Option<u8>,
@@ -1792,7 +1854,8 @@ fn any_step() -> impl Strategy<Value = Step> {
         6 => (0_u8..6, 0..INPUTS.len() as u8, outputs(), any::<bool>())
             .prop_map(|(rule, input, outputs, merge)| Step::Add { rule, input, outputs, merge }),
         3 => (0_u8..6).prop_map(|rule| Step::Remove { rule }),
-        3 => (0_u8..6, any::<Option<bool>>()).prop_map(|(rule, datapath)| Step::Datapath { rule, datapath }),
+        3 => (0_u8..6, 0_u8..4).prop_map(|(rule, datapath)| Step::Datapath { rule, datapath }),
+        2 => vec((any::<bool>(), any::<bool>()), 4).prop_map(Step::Targets),
         3 => (0_u8..6, vec(0..OUTPUTS.len() as u8, 0..2), vec(0..OUTPUTS.len() as u8, 0..2))
             .prop_map(|(rule, add, delete)| Step::Amend { rule, add, delete }),
         2 => (0_u8..4).prop_map(|n| Step::Toggle { n }),
@@ -1822,7 +1885,8 @@ impl Supervisor {
                 let _ = self.state.remove(&format!("r{rule}"));
             }
             Step::Datapath { rule, datapath } => {
-                let named = datapath.map(|xdp| if xdp { Datapath::AfXdp } else { Datapath::AfPacket });
+                let named = [None, Some(Datapath::AfXdp), Some(Datapath::AfPacket), Some(Datapath::Redirect)];
+                let named = named[usize::from(datapath)];
                 let amendment = Amendment { datapath: Some(DatapathChoice(named)), ..Amendment::default() };
                 let _ = self.state.amend(&format!("r{rule}"), amendment);
             }
@@ -1857,6 +1921,16 @@ impl Supervisor {
                     let id = waiting.remove(worker.into());
                     self.state.apply(Event::RestartDue { id });
                 }
+            }
+            Step::Targets(answers) => {
+                let each = (0..).zip(answers);
+                let of = |n: u8, what: Option<&str>| (link(n).0, what.map(str::to_owned));
+                let (refusals, hooks) = each
+                    .map(|(n, (takes, free))| {
+                        (of(n, (!takes).then_some("takes none")), of(n, (!free).then_some("has a firewall")))
+                    })
+                    .unzip();
+                self.state.apply(Event::Targets(Targets { refusals, hooks }));
             }
             Step::JoinsDue => drop(self.state.apply(Event::JoinsDue)),
             Step::Fail { what } => {
@@ -1908,6 +1982,10 @@ proptest! {
         supervisor.settle();
         supervisor.check_settled();
         for entry in supervisor.state.rules().iter() {
+            // One that is named is not served where it cannot be.
+            if entry.rule.datapath == DatapathChoice(Some(Datapath::Redirect)) {
+                continue;
+            }
             let problem = supervisor.state.rule_problem(entry).map(|(problem, _)| problem);
             prop_assert_ne!(problem, Some(Problem::Failed));
         }

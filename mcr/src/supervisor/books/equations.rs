@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use mcr_common::{abi::verdicts_of, counters::RuleCounters};
 
-use super::{Books, InterfaceTotals, Programs, RuleTotals, steered_of};
+use super::{Books, InterfaceTotals, Programs, RuleTotals, redirected::offered, steered_of};
 use crate::{
     rule::{Datapath, InterfaceName, RuleSlot},
     supervisor::{
@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// What the two programs did with frames that rules want: if none of it moves, no rule's counters in the kernel do.
-pub(super) type Mark = [[u64; 3]; 2];
+pub(super) type Mark = [[u64; 6]; 2];
 
 /// How many frames or datagrams can be on their way on an interface by one datapath.
 #[derive(Clone, Copy, Debug, Default)]
@@ -102,7 +102,7 @@ impl Books {
             });
             for slot in &entry.output_slots {
                 let totals = self.output(*slot);
-                let dropped = totals.dropped.iter().sum();
+                let dropped = totals.dropped.iter().sum::<u64>() + totals.skipped;
                 let sums = sums(totals.received, [totals.sent, dropped], 0, batches);
                 found.push((Subject::Output(*slot), sums));
             }
@@ -148,9 +148,10 @@ impl Books {
             let base = tenant.base;
             let dropped = (raw.looped + kernel.looped - base.looped)
                 + (kernel.no_worker - base.no_worker)
-                + (raw.cut - base.cut);
+                + (raw.cut - base.cut)
+                + (kernel.not_redirected - base.not_redirected);
             let elsewhere = if uncertain { u64::MAX } else { lost };
-            let accounted = [raw.received - base.received, dropped];
+            let accounted = [raw.received + offered(&kernel) - base.received, dropped];
             let sums = sums(kernel.matched - base.matched, accounted, elsewhere, reach);
             found.push((Subject::Rule(entry.slot), sums));
         }
@@ -161,8 +162,9 @@ impl Books {
     fn follow_kernel(&mut self, name: &InterfaceName, programs: &Programs) -> bool {
         let mut mark = None;
         if let Some(program) = programs.get(name) {
-            // Steered, without a worker, and looped.
-            let of = |of| program.verdicts(of).map(|counted| [0, 1, 2].map(|verdict| counted[verdict].1));
+            // Steered, without a worker, looped, and what was to be redirected.
+            let of =
+                |of| program.verdicts(of).map(|counted| std::array::from_fn(|verdict| counted[verdict].1));
             let (Ok(xdp), Ok(filter)) = (of(verdicts_of::XDP), of(verdicts_of::FILTER)) else {
                 return false;
             };
