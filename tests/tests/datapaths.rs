@@ -194,7 +194,7 @@ fn a_datapath_that_is_named_is_taken_or_refused() {
     // What the daemon was told holds for rules that say nothing; a rule may say something else.
     relay.cli(&[&ADD[..], &["--datapath", "af-packet"]].concat()).ok();
     relay.wait_until_active("cam1");
-    for (datapath, word) in [("redirect", "redirect"), ("af-xdp", "no native XDP")] {
+    for (datapath, word) in [("redirect", "no native XDP"), ("af-xdp", "no native XDP")] {
         let answer = relay.cli(&["rule", "set", "cam1", "--datapath", datapath]);
         assert!(answer.refused(1).contains(word), "{answer}");
     }
