@@ -2,6 +2,7 @@
 
 use futures_util::{FutureExt, Stream, StreamExt};
 
+pub mod egress_hooks;
 pub mod egress_socket;
 pub mod links;
 pub mod losses;

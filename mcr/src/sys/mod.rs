@@ -1,11 +1,13 @@
 //! The system calls that no library of ours wraps, thin.
 
+pub mod bpf_query;
 pub mod channel;
 pub mod cpu_list;
 pub mod ethtool;
 pub mod map_batch;
 pub mod multicast;
 pub mod netdev;
+pub mod netlink;
 pub mod privileges;
 pub mod seccomp;
 pub mod socket_option;

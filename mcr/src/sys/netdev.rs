@@ -1,12 +1,10 @@
 //! What the kernel says of an interface's XDP: the generic netlink family `netdev`, by hand.
 
-use std::{
-    io::{self, Read, Write},
-    time::Duration,
-};
+use std::io::{self, Read, Write};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 
+use super::netlink::{self, bytes, malformed};
 use crate::rule::IfIndex;
 
 /// `NETDEV_XDP_ACT_BASIC`: it runs XDP programs.
@@ -31,12 +29,7 @@ const ATTRIBUTE_HEADER: usize = 4;
 
 /// The XDP features of an interface, as they are at the moment. `None` if the kernel has no such family (before 6.3).
 pub fn xdp_features(interface: IfIndex) -> io::Result<Option<u64>> {
-    let mut socket = Socket::new(
-        Domain::from(libc::AF_NETLINK),
-        Type::RAW.cloexec(),
-        Some(Protocol::from(libc::NETLINK_GENERIC)),
-    )?;
-    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let mut socket = netlink::open(libc::NETLINK_GENERIC)?;
     let family = match ask(&mut socket, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_NAME, b"netdev\0")
     {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
@@ -77,20 +70,6 @@ fn ask(socket: &mut Socket, family: u16, command: u8, kind: u16, value: &[u8]) -
 }
 
 /// The first attribute of a kind, if it is of this length.
-fn attribute<const N: usize>(mut attributes: &[u8], kind: u16) -> Option<[u8; N]> {
-    loop {
-        let len = usize::from(u16::from_ne_bytes(bytes(attributes, 0)?)).max(ATTRIBUTE_HEADER);
-        if u16::from_ne_bytes(bytes(attributes, 2)?) == kind {
-            return attributes.get(ATTRIBUTE_HEADER..len)?.try_into().ok();
-        }
-        attributes = attributes.get(len.next_multiple_of(4)..)?;
-    }
-}
-
-fn bytes<const N: usize>(from: &[u8], at: usize) -> Option<[u8; N]> {
-    from.get(at..at + N)?.try_into().ok()
-}
-
-fn malformed() -> io::Error {
-    io::Error::other("an answer of netlink that is none")
+fn attribute<const N: usize>(attributes: &[u8], kind: u16) -> Option<[u8; N]> {
+    netlink::attribute(attributes, kind).try_into().ok()
 }

@@ -26,9 +26,15 @@ pub fn attach_filter(socket: &impl AsRawFd, instructions: &mut [libc::sock_filte
 /// Reads an option of `N` bytes.
 pub fn get<const N: usize>(socket: &impl AsRawFd, level: i32, name: i32) -> io::Result<[u8; N]> {
     let mut value = [0u8; N];
-    let mut len = N as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes, the size of the array, into it.
+    ask(socket, level, name, &mut value)?;
+    Ok(value)
+}
+
+/// Reads an option into the place of the question that it takes.
+pub fn ask(socket: &impl AsRawFd, level: i32, name: i32, value: &mut [u8]) -> io::Result<()> {
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: the kernel reads and writes at most `len` bytes, the length of the slice.
     let result =
         unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
-    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
