@@ -19,6 +19,8 @@ pub enum Ground {
     Macvlan,
     /// A veth, and a daemon that may load no eBPF: `auto` takes AF_PACKET with a classic filter.
     WithoutBpf,
+    /// A veth, and sinks that take redirected frames: `auto` has the kernel send on what needs new headers alone.
+    Kernel,
     /// A veth, and a daemon of an ordinary user with the documented capabilities: `auto` takes AF_XDP.
     OrdinaryUser,
 }
@@ -41,7 +43,11 @@ impl Ground {
 
     /// The datapath that rules without a wish of their own get.
     pub fn datapath(self) -> &'static str {
-        if matches!(self, Self::Veth | Self::OrdinaryUser) { "af-xdp" } else { "af-packet" }
+        match self {
+            Self::Veth | Self::OrdinaryUser => "af-xdp",
+            Self::Kernel => "redirect",
+            _ => "af-packet",
+        }
     }
 
     /// Gives `mcr run` what makes this ground.
@@ -50,7 +56,7 @@ impl Ground {
             Self::PlainVeth => drop(run.args(["--datapath", "af-packet"])),
             Self::WithoutBpf => without_capabilities(run, NO_BPF),
             Self::OrdinaryUser => as_ordinary_user(run, DOCUMENTED),
-            Self::Veth | Self::Bridge | Self::Macvlan => {}
+            Self::Veth | Self::Bridge | Self::Macvlan | Self::Kernel => {}
         }
     }
 }
@@ -83,6 +89,16 @@ macro_rules! on_both_datapaths {
         }
         mod by_af_packet {
             $(#[test] fn $test() { tests::Ground::PlainVeth.run(super::$test); })*
+        }
+    };
+}
+
+/// Makes tests of functions, where the kernel itself sends on what it can.
+#[macro_export]
+macro_rules! by_the_kernel {
+    ($($test:ident),* $(,)?) => {
+        mod by_the_kernel {
+            $(#[test] fn $test() { tests::Ground::Kernel.run(super::$test); })*
         }
     };
 }

@@ -67,6 +67,7 @@ pub struct Sink {
     /// The relay's interface and its address there.
     pub interface: String,
     pub relay_address: Ipv4Addr,
+    ground: Ground,
 }
 
 #[derive(Debug)]
@@ -97,7 +98,7 @@ impl Site {
         relay.sysctl("ipv4/conf/all/rp_filter", "1");
         relay.sysctl("ipv4/conf/default/rp_filter", "1");
         let segments = (0..plan.segments).map(|k| Segment::build(&relay, k, plan)).collect();
-        let sinks = (0..plan.sinks).map(|k| Sink::build(&relay, k)).collect();
+        let sinks = (0..plan.sinks).map(|k| Sink::build(&relay, k, plan.ground)).collect();
         let site = Self { segments, relay, sinks, scratch, ground: plan.ground };
         for segment in &site.segments {
             site.relay.sysctl(&format!("ipv4/conf/{}/rp_filter", segment.interface), "1");
@@ -233,6 +234,10 @@ impl Segment {
             Ground::Veth | Ground::PlainVeth | Ground::WithoutBpf | Ground::OrdinaryUser => {
                 self.lay_cable(relay);
             }
+            Ground::Kernel => {
+                self.lay_cable(relay);
+                take_redirected(&self.bridge, "relay");
+            }
             Ground::Bridge => relay.ip(&[
                 &format!("link add {interface} type bridge mcast_snooping 0"),
                 &format!("link set {end} master {interface} up"),
@@ -339,10 +344,10 @@ impl Segment {
 }
 
 impl Sink {
-    fn build(relay: &Namespace, k: u8) -> Self {
+    fn build(relay: &Namespace, k: u8, ground: Ground) -> Self {
         let (relay_address, address) = (Ipv4Addr::new(10, 78, k, 1), Ipv4Addr::new(10, 78, k, 2));
-        let sink =
-            Self { host: Namespace::new("sink"), address, interface: format!("out{k}"), relay_address };
+        let host = Namespace::new("sink");
+        let sink = Self { host, address, interface: format!("out{k}"), relay_address, ground };
         sink.plug(relay);
         relay.ip(&[&format!("link set {} up", sink.interface)]);
         sink
@@ -351,13 +356,16 @@ impl Sink {
     /// Makes the egress link, with the addresses at its ends; the relay's is down.
     #[track_caller]
     pub fn plug(&self, relay: &Namespace) {
-        let Self { host, address, interface, relay_address } = self;
+        let Self { host, address, interface, relay_address, ground } = self;
         host.ip(&[
             &format!("link add name {ETH} type veth peer name {interface} netns {}", relay.name()),
             &format!("addr add {address}/24 dev {ETH}"),
             &format!("link set {ETH} up"),
             &format!("route add 224.0.0.0/4 dev {ETH}"),
         ]);
+        if *ground == Ground::Kernel {
+            take_redirected(host, ETH);
+        }
         relay.ip(&[&format!("addr add {relay_address}/24 dev {interface}")]);
     }
 
@@ -366,6 +374,12 @@ impl Sink {
     pub fn unplug(&self, relay: &Namespace) {
         relay.ip(&[&format!("link del {}", self.interface)]);
     }
+}
+
+/// A veth takes redirected frames while its other end, this one, has GRO.
+#[track_caller]
+pub fn take_redirected(namespace: &Namespace, end: &str) {
+    namespace.output("ethtool", &["-K", end, "gro", "on"]);
 }
 
 /// A group joined by a socket that receives nothing; left on drop.

@@ -487,6 +487,13 @@ tests::on_every_ground!(
     a_ttl_that_is_used_up_has_expired,
 );
 
+tests::by_the_kernel!(
+    fragments_are_not_relayed_but_counted,
+    what_this_relay_sent_itself_is_a_loop,
+    what_exceeds_the_egress_mtu_is_too_big,
+    a_ttl_that_is_used_up_has_expired,
+);
+
 /// What is lost on the way out does not depend on the ground, only on the worker.
 mod egress {
     use super::*;

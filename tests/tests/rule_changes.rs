@@ -195,6 +195,14 @@ tests::on_every_ground!(
     a_rule_for_a_source_takes_its_stream_over_without_loss,
 );
 
+tests::by_the_kernel!(
+    rules_come_and_go_while_another_stream_loses_nothing,
+    nothing_leaves_after_a_removal_was_answered,
+    several_rules_may_feed_one_output_if_each_says_so,
+    a_rule_for_any_source_comes_and_goes_beside_one_for_a_source,
+    a_rule_for_a_source_takes_its_stream_over_without_loss,
+);
+
 tests::without_bpf!(
     rules_come_and_go_while_another_stream_loses_nothing,
     nothing_leaves_after_a_removal_was_answered

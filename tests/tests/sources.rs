@@ -111,6 +111,13 @@ tests::on_every_ground!(
     taking_a_source_from_a_rule_is_said_and_giving_it_back_works,
 );
 
+tests::by_the_kernel!(
+    a_source_without_a_route_is_relayed,
+    a_source_with_an_address_of_the_relay_is_relayed,
+    a_rule_for_one_source_takes_it_from_the_rule_for_any,
+    taking_a_source_from_a_rule_is_said_and_giving_it_back_works,
+);
+
 tests::without_bpf!(
     a_source_without_a_route_is_relayed,
     a_rule_for_one_source_takes_it_from_the_rule_for_any

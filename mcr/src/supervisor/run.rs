@@ -28,6 +28,7 @@ use crate::{
     datapath::{af_packet, af_xdp, budget},
     ebpf::{self, Object, Placement, RedirectOutput, Steering},
     net::{
+        egress_hooks::EgressHooks,
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
         membership::{Membership, Memberships},
@@ -35,7 +36,7 @@ use crate::{
         packet_socket::PacketSocket,
         redirect_target::takes_redirects,
     },
-    rule::{Datapath, DatapathChoice, InterfaceName, QueueId, Rule, RuleSlot},
+    rule::{Datapath, DatapathChoice, IfIndex, InterfaceName, QueueId, Rule, RuleSlot},
     ruleset::{Entry, OUTPUTS_PER_RULE},
     supervisor::{
         Launch,
@@ -102,6 +103,8 @@ pub struct Daemon {
     pub source_port: u16,
     /// Interfaces of which it has been said that `auto` takes AF_PACKET there.
     fallbacks: BTreeSet<InterfaceName>,
+    /// What redirected frames would pass by; `auto` redirects nothing where that cannot be known.
+    hooks: Option<EgressHooks>,
     object: Object,
     memberships: Memberships,
     pins: PathBuf,
@@ -169,6 +172,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         journal_failure: None,
         source_port: source_port.get(),
         fallbacks: BTreeSet::new(),
+        hooks: EgressHooks::open().inspect_err(|error| warn!("no rule is redirected by auto: {error}")).ok(),
         object,
         memberships: Memberships::default(),
         pins: namespace.pins.clone(),
@@ -298,6 +302,7 @@ impl Daemon {
         let mut devices = interval(DEVICES_PERIOD);
         devices.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
+        let mut hooks = EgressHooks::open().ok();
 
         self.read_links(&links).await;
         loop {
@@ -320,7 +325,11 @@ impl Daemon {
                 Some(event) = incoming.recv() => self.take(event).await,
                 Some(end) = ended.recv() => self.bury(end).await,
                 _ = devices.tick() => self.read_devices().await,
-                () = links.changed() => self.read_links(&links).await,
+                () = links.changed() => {
+                    self.read_links(&links).await;
+                    self.read_targets().await;
+                }
+                () = hooks_changed(&mut hooks) => self.read_targets().await,
                 () = neighbours.changed() => {}
                 _ = second.tick() => {
                     self.end_hung_workers();
@@ -502,7 +511,7 @@ impl Daemon {
             && self.state.egress_interfaces().iter().any(|name| !known.contains_key(*name))
         {
             // What rules newly send from is asked before it is decided how they do.
-            let targets = Targets { refusals: self.ask_targets(), ..Targets::default() };
+            let targets = self.ask_targets();
             self.state.apply(Event::Targets(targets));
         }
         loop {
@@ -641,20 +650,27 @@ impl Daemon {
 
     /// Asks the kernel which of the interfaces that rules send from take redirected frames.
     async fn read_targets(&mut self) {
-        let targets = Targets { refusals: self.ask_targets(), ..Targets::default() };
+        let targets = self.ask_targets();
         if targets != *self.state.targets() {
             self.take(Event::Targets(targets)).await;
         }
     }
 
-    fn ask_targets(&self) -> BTreeMap<InterfaceName, Option<String>> {
+    fn ask_targets(&self) -> Targets {
+        if !self.state.has_bpf() {
+            return Targets::default();
+        }
         let links = self.state.links();
-        let ask = |name: &InterfaceName| {
-            let link = links.get(name)?;
-            let refusal = takes_redirects(name, link.index, &link.kind).err();
-            Some((name.clone(), refusal.map(|error| one_line(&error))))
+        let egress = self.state.egress_interfaces();
+        let there: Vec<_> =
+            egress.into_iter().filter_map(|name| Some((name.clone(), links.get(name)?.index))).collect();
+        let refusal = |(name, index): &(InterfaceName, IfIndex)| {
+            let refusal = takes_redirects(name, *index, &links[name].kind).err();
+            (name.clone(), refusal.map(|error| one_line(&error)))
         };
-        self.state.egress_interfaces().into_iter().filter_map(ask).collect()
+        let refusals = there.iter().map(refusal).collect();
+        let hooks = self.hooks.as_ref().map(|hooks| hooks.read(&there)).unwrap_or_default();
+        Targets { refusals, hooks }
     }
 
     fn placement<'a>(&self, interface: &'a InterfaceName) -> Result<Placement<'a>, String> {
@@ -869,6 +885,14 @@ fn join_refused(Membership { group, source, .. }: &Membership, error: &io::Error
     let full = error.raw_os_error() == Some(libc::ENOBUFS);
     let advice = if full { "; see `sysctl net.ipv4.igmp_max_memberships`" } else { "" };
     format!("the group {group}{source} cannot be joined: {error}{advice}")
+}
+
+/// Returns when what redirected frames would pass by may have changed.
+async fn hooks_changed(hooks: &mut Option<EgressHooks>) {
+    match hooks {
+        Some(hooks) => hooks.changed().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits until all programs are through that might act on a deleted flow.
