@@ -60,19 +60,52 @@ impl ForeignXdp {
     pub fn attach(namespace: &Namespace, interface: &str) -> Self {
         namespace.run(|| {
             let index = nix::net::if_::if_nametoindex(interface).expect("interface index");
-            let program = load_pass();
-            let link = attach_natively(&program, index);
+            let program = load(BPF_PROG_TYPE_XDP, XDP_PASS);
+            let link = attach_link(&program, index, BPF_XDP, XDP_FLAGS_DRV_MODE);
             let id = program_id(&program);
             Self { _program: program, _link: link, id }
         })
     }
 }
 
+/// A stranger's program that lets everything out, attached until it is dropped.
+#[derive(Debug)]
+pub struct ForeignEgress {
+    _program: OwnedFd,
+    _link: OwnedFd,
+}
+
+impl ForeignEgress {
+    /// On a device of the caller's namespace, by tcx.
+    #[track_caller]
+    pub fn on_device(interface: &str) -> Self {
+        let index = nix::net::if_::if_nametoindex(interface).expect("interface index");
+        let program = load(BPF_PROG_TYPE_SCHED_CLS, TC_ACT_OK);
+        Self { _link: attach_link(&program, index, BPF_TCX_EGRESS, 0), _program: program }
+    }
+
+    /// On the sockets of a cgroup.
+    #[track_caller]
+    pub fn on_cgroup(directory: &Path) -> Self {
+        let cgroup = fs::File::open(directory).expect("a cgroup");
+        let program = load(BPF_PROG_TYPE_CGROUP_SKB, CGROUP_ALLOW);
+        let link = attach_link(&program, cgroup.as_raw_fd().cast_unsigned(), BPF_CGROUP_INET_EGRESS, 0);
+        Self { _link: link, _program: program }
+    }
+}
+
 const BPF_PROG_LOAD: u32 = 5;
 const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
 const BPF_LINK_CREATE: u32 = 28;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_XDP: u32 = 6;
+const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
+const BPF_CGROUP_INET_EGRESS: u32 = 1;
 const BPF_XDP: u32 = 37;
+const BPF_TCX_EGRESS: u32 = 47;
+const TC_ACT_OK: u32 = 0;
+const CGROUP_ALLOW: u32 = 1;
+const XDP_PASS: u32 = 2;
 const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
 /// The head of `union bpf_attr` for `BPF_PROG_LOAD`.
@@ -95,7 +128,8 @@ struct ProgLoad {
 #[repr(C)]
 struct LinkCreate {
     prog_fd: u32,
-    target_ifindex: u32,
+    /// An interface's index or a descriptor.
+    target: u32,
     attach_type: u32,
     flags: u32,
 }
@@ -108,30 +142,25 @@ struct GetInfo {
     info: u64,
 }
 
-/// `r0 = XDP_PASS; exit`.
-fn load_pass() -> OwnedFd {
-    let instructions: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
+/// `r0 = verdict; exit`.
+fn load(prog_type: u32, verdict: u32) -> OwnedFd {
+    let instructions: [u64; 2] = [0x0000_0000_0000_00b7 | u64::from(verdict) << 32, 0x0000_0000_0000_0095];
     let mut attr = ProgLoad {
-        prog_type: BPF_PROG_TYPE_XDP,
+        prog_type,
         insn_cnt: instructions.len() as u32,
         insns: instructions.as_ptr().addr() as u64,
         license: c"GPL".as_ptr().addr() as u64,
         ..ProgLoad::default()
     };
     attr.prog_name[..FOREIGN_NAME.len()].copy_from_slice(FOREIGN_NAME.as_bytes());
-    let fd = bpf(BPF_PROG_LOAD, &mut attr).expect("load an XDP program");
+    let fd = bpf(BPF_PROG_LOAD, &mut attr).expect("load a program");
     // SAFETY: the kernel just made this descriptor for the caller alone.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-fn attach_natively(program: &OwnedFd, index: u32) -> OwnedFd {
-    let mut attr = LinkCreate {
-        prog_fd: program.as_raw_fd().cast_unsigned(),
-        target_ifindex: index,
-        attach_type: BPF_XDP,
-        flags: XDP_FLAGS_DRV_MODE,
-    };
-    let fd = bpf(BPF_LINK_CREATE, &mut attr).expect("attach an XDP program");
+fn attach_link(program: &OwnedFd, target: u32, attach_type: u32, flags: u32) -> OwnedFd {
+    let mut attr = LinkCreate { prog_fd: program.as_raw_fd().cast_unsigned(), target, attach_type, flags };
+    let fd = bpf(BPF_LINK_CREATE, &mut attr).expect("attach a program");
     // SAFETY: the kernel just made this descriptor for the caller alone.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -2,13 +2,13 @@
 
 use std::{
     io::{self, Read, Write},
+    os::fd::AsRawFd,
     time::Duration,
 };
 
+use nix::sys::socket::{NetlinkAddr, bind};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::unix::AsyncFd;
-
-use super::socket_option;
 
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const NLM_F_DUMP_INTR: u16 = 0x10;
@@ -28,11 +28,12 @@ pub fn open(protocol: i32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// A socket that does not block and is told what happens, by a multicast group of the protocol. Must be called within
+/// A socket that does not block and is told what happens, by one of the first 32 multicast groups of the protocol. Must be called within
 /// the runtime.
 pub fn listen(protocol: i32, group: u32) -> io::Result<AsyncFd<Socket>> {
     let socket = open(protocol)?;
-    socket_option::set(&socket, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group)?;
+    // A socket that is not bound has the kernel's own address, and is told nothing of what comes from there.
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 1 << (group - 1)))?;
     socket.set_nonblocking(true)?;
     // SAFETY: the descriptor is owned by the AsyncFd alone and always answers the same.
     unsafe { AsyncFd::register(socket) }.map_err(|error| error.into_parts().1)
