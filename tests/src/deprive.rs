@@ -60,6 +60,21 @@ pub fn keep_on_this_thread(capabilities: &[libc::c_ulong]) {
     assert!(set_capabilities(capabilities), "capset: {}", io::Error::last_os_error());
 }
 
+/// Makes the calling thread the ordinary user, with these capabilities alone.
+#[track_caller]
+pub fn become_ordinary_on_this_thread(capabilities: &[libc::c_ulong]) {
+    let nobody = libc::c_long::from(NOBODY);
+    // SAFETY: straight system calls, which change the calling thread alone.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_KEEPCAPS, 1) == 0
+            && libc::syscall(libc::SYS_setgroups, 0, 0) == 0
+            && libc::syscall(libc::SYS_setresgid, nobody, nobody, nobody) == 0
+            && libc::syscall(libc::SYS_setresuid, nobody, nobody, nobody) == 0
+    };
+    assert!(done, "become user {NOBODY}: {}", io::Error::last_os_error());
+    keep_on_this_thread(capabilities);
+}
+
 /// Makes system calls only.
 fn set_capabilities(capabilities: &[libc::c_ulong]) -> bool {
     let [low, high] = [0, 32].map(|first| {

@@ -17,9 +17,11 @@ use mcr::{net::egress_hooks::EgressHooks, rule::IfIndex};
 use tests::{
     Namespace,
     bpf::ForeignEgress,
-    deprive::{DOCUMENTED, keep_on_this_thread},
+    deprive::{DOCUMENTED, become_ordinary_on_this_thread, keep_on_this_thread},
     wait::PATIENCE,
 };
+
+const LEGACY_TABLES: &str = "/proc/thread-self/net/ip_tables_names";
 
 /// A namespace with two interfaces, and the hooks there.
 struct Host {
@@ -27,18 +29,19 @@ struct Host {
 }
 
 impl Host {
-    /// Runs `job` in a new namespace.
+    /// Runs `job` in a new namespace, with the documented capabilities alone.
     #[track_caller]
     fn run(job: impl AsyncFnOnce(Self) + Send) {
+        Self::run_as(|| keep_on_this_thread(DOCUMENTED), job);
+    }
+
+    #[track_caller]
+    fn run_as(become_another: impl FnOnce() + Send, job: impl AsyncFnOnce(Self) + Send) {
         let namespace = namespace();
         namespace.run(|| {
-            keep_on_this_thread(DOCUMENTED);
+            become_another();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let host = Self { hooks: EgressHooks::open().unwrap() };
-                host.check("at first", None, None);
-                job(host).await;
-            });
+            runtime.block_on(async { job(Self { hooks: EgressHooks::open().unwrap() }).await });
         });
     }
 
@@ -130,6 +133,7 @@ fn chains_of_nftables() {
 #[test]
 fn other_chains_of_nftables_are_none() {
     Host::run(async |mut host| {
+        host.check("at first", None, None);
         for chain in [
             "inet x in { type filter hook input priority 0; policy drop; counter; }",
             "inet x way { type filter hook forward priority 0; policy drop; counter; }",
@@ -330,11 +334,40 @@ fn rules_of_legacy_iptables() {
 }
 
 #[test]
+fn whom_root_becomes_sees_all() {
+    Host::run_as(
+        || (),
+        async |host| {
+            run("nft table ip x { chain out { type filter hook output priority 0; }; }");
+            let program = ForeignEgress::on_device("out0");
+            become_ordinary_on_this_thread(DOCUMENTED);
+            host.check("attached", Some("out0 has an eBPF program on egress (tcx)"), None);
+            drop(program);
+            host.check("detached", None, None);
+        },
+    );
+}
+
+/// The names of the tables of legacy iptables are for root: where the kernel has any, they may hold anything.
+#[test]
+fn an_ordinary_user_is_told_what_he_cannot_see() {
+    Host::run_as(
+        || become_ordinary_on_this_thread(DOCUMENTED),
+        async |host| {
+            let reason =
+                format!("iptables (legacy) cannot be asked about: only root may open {LEGACY_TABLES}");
+            let reason = Path::new(LEGACY_TABLES).exists().then_some(&*reason);
+            host.check("all else can be asked about", reason, reason);
+        },
+    );
+}
+
+#[test]
 fn asking_makes_no_table() {
     Host::run(async |mut host| {
         host.check("again", None, None);
         assert!(!host.hears(Duration::from_millis(10)).await, "to ask is no change");
-        let names = fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap_or_default();
+        let names = fs::read_to_string(LEGACY_TABLES).unwrap_or_default();
         assert_eq!(names, "");
     });
 }

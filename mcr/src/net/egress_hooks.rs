@@ -27,23 +27,27 @@ const NFNLGRP_NFTABLES: u32 = 7;
 /// tc filters. Of tcx programs, cgroup programs and legacy iptables nothing is heard: they are to be read from time
 /// to time.
 #[derive(Debug)]
-pub struct EgressHooks(Vec<AsyncFd<Socket>>);
+pub struct EgressHooks {
+    notices: Vec<AsyncFd<Socket>>,
+    legacy: legacy_iptables::Tables,
+}
 
 impl EgressHooks {
-    /// Must be called within the runtime, in the network namespace that is meant.
+    /// Must be called within the runtime, in the network namespace that is meant; by root where it becomes another user,
+    /// who may not open what is opened here.
     pub fn open() -> io::Result<Self> {
-        let mut sockets = vec![netlink::listen(libc::NETLINK_ROUTE, RTNLGRP_TC)?];
+        let mut notices = vec![netlink::listen(libc::NETLINK_ROUTE, RTNLGRP_TC)?];
         match netlink::listen(libc::NETLINK_NETFILTER, NFNLGRP_NFTABLES) {
-            Ok(socket) => sockets.push(socket),
+            Ok(socket) => notices.push(socket),
             Err(error) if nftables::is_absent(&error) => {}
             Err(error) => return Err(error),
         }
-        Ok(Self(sockets))
+        Ok(Self { notices, legacy: legacy_iptables::Tables::open() })
     }
 
     /// Returns when something may have changed since it was last called.
     pub async fn changed(&mut self) {
-        let heard = self.0.iter().map(|socket| Box::pin(heard(socket)));
+        let heard = self.notices.iter().map(|socket| Box::pin(heard(socket)));
         futures_util::future::select_all(heard).await;
     }
 
@@ -59,7 +63,7 @@ impl EgressHooks {
             Err(reason) => Some(reason.clone()),
         };
         let of_all = of_all
-            .or_else(|| reason("iptables (legacy)", legacy_iptables::rules()))
+            .or_else(|| reason("iptables (legacy)", self.legacy.rules()))
             .or_else(|| reason("the programs of mcr's cgroup", cgroup::programs()));
         let queueing = known("the qdiscs", tc::qdiscs());
         let of_one = |name: &InterfaceName, index| {

@@ -28,8 +28,8 @@ pub fn open(protocol: i32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// A socket that does not block and is told what happens, by one of the first 32 multicast groups of the protocol. Must be called within
-/// the runtime.
+/// A socket that does not block and is told what happens, by one of the first 32 multicast groups of the protocol.
+/// Must be called within the runtime.
 pub fn listen(protocol: i32, group: u32) -> io::Result<AsyncFd<Socket>> {
     let socket = open(protocol)?;
     // A socket that is not bound has the kernel's own address, and is told nothing of what comes from there.

@@ -1,9 +1,13 @@
 //! The rules of iptables as it was before nftables, by socket options.
 //!
-//! Only tables that are there are asked: to ask for another makes it. Their names are for root to read; where another
-//! user runs mcr and the kernel has these tables, what they hold is not known.
+//! Only tables that are there are asked: to ask for another makes it. Their names are for root to open, and are held
+//! open for whom root becomes. Where an ordinary user runs mcr and the kernel has these tables, what they hold is
+//! not known.
 
-use std::{fs, io};
+use std::{
+    fs::{self, File},
+    io::{self, Read, Seek},
+};
 
 use socket2::{Domain, Socket, Type};
 
@@ -26,23 +30,43 @@ const VERDICT: usize = 112 + 32;
 const ACCEPT: i32 = -2;
 const CHAINS: [(usize, &str); 2] = [(3, "OUTPUT"), (4, "POSTROUTING")];
 
-/// Why what is sent must not pass them by: a rule in `OUTPUT` or `POSTROUTING` of a table, or a policy other than to
-/// accept.
-pub(super) fn rules() -> io::Result<Option<String>> {
-    let names = match fs::read_to_string(NAMES) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(io::Error::new(error.kind(), format!("{NAMES}: {error}"))),
-        Ok(names) => names,
-    };
-    for table in names.lines() {
-        match of_table(table) {
-            // Gone meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Ok(None) => {}
-            answer => return answer,
-        }
+/// The names of the tables, if they were there to be opened.
+#[derive(Debug)]
+pub(super) struct Tables(Option<File>);
+
+impl Tables {
+    pub(super) fn open() -> Self {
+        Self(File::open(NAMES).ok())
     }
-    Ok(None)
+
+    /// Why what is sent must not pass them by: a rule in `OUTPUT` or `POSTROUTING` of a table, or a policy other than to
+    /// accept.
+    pub(super) fn rules(&self) -> io::Result<Option<String>> {
+        for table in self.names()?.lines() {
+            match of_table(table) {
+                // Gone meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Ok(None) => {}
+                answer => return answer,
+            }
+        }
+        Ok(None)
+    }
+
+    fn names(&self) -> io::Result<String> {
+        let mut names = String::new();
+        if let Some(mut file) = self.0.as_ref()
+            && file.rewind().and_then(|()| file.read_to_string(&mut names)).is_ok()
+        {
+            return Ok(names);
+        }
+        // Come or gone with a module since.
+        fs::read_to_string(NAMES).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => Ok(String::new()),
+            io::ErrorKind::PermissionDenied => Err(io::Error::other(format!("only root may open {NAMES}"))),
+            _ => Err(error),
+        })
+    }
 }
 
 fn of_table(table: &str) -> io::Result<Option<String>> {
