@@ -132,6 +132,8 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         lock.give_to(&owner)?;
         namespace.give_to(&owner)?;
     }
+    // While root may still open what tells of legacy iptables.
+    let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}")).ok();
     if let Err(error) = privileges::step_down(account.as_ref()) {
         anyhow::bail!("the daemon cannot give up what it does not need: {error}");
     }
@@ -172,7 +174,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         journal_failure: None,
         source_port: source_port.get(),
         fallbacks: BTreeSet::new(),
-        hooks: EgressHooks::open().inspect_err(|error| warn!("no rule is redirected by auto: {error}")).ok(),
+        hooks,
         object,
         memberships: Memberships::default(),
         pins: namespace.pins.clone(),
