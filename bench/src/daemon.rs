@@ -141,7 +141,6 @@ fn spec(rule: u32, (from, port): (Ipv4Addr, u16), to: &[(Ipv4Addr, u16)]) -> Rul
         name: Some(name(rule)),
         input: format!("{from}:{port}@{INGRESS}"),
         outputs: to.iter().map(|(group, port)| format!("{group}:{port}@{EGRESS}")).collect(),
-        datapath: "auto".to_owned(),
         ..RuleSpec::default()
     }
 }

@@ -3,7 +3,7 @@
 mod reload;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::Ipv4Addr,
 };
 
@@ -147,10 +147,21 @@ impl Slots {
     }
 }
 
+/// What tells outputs apart, whatever rule they are of.
+type OutputIdentity = (Ipv4Addr, u16, InterfaceName);
+
+fn identity(output: &Output) -> OutputIdentity {
+    (output.destination, output.port, output.interface.clone())
+}
+
 /// All rules of a daemon.
 #[derive(Clone, Debug)]
 pub struct RuleSet {
     entries: BTreeMap<RuleName, Entry>,
+    /// Who has an input.
+    inputs: HashMap<Input, RuleName>,
+    /// Who feeds an output.
+    fed: HashMap<OutputIdentity, BTreeSet<RuleName>>,
     rule_slots: Slots,
     output_slots: Slots,
 }
@@ -162,6 +173,8 @@ impl RuleSet {
     pub fn new(max_rules: u32) -> Self {
         Self {
             entries: BTreeMap::new(),
+            inputs: HashMap::new(),
+            fed: HashMap::new(),
             rule_slots: Slots::new(max_rules),
             output_slots: Slots::new(max_rules * OUTPUTS_PER_RULE),
         }
@@ -209,7 +222,33 @@ impl RuleSet {
 
     /// The rule that has an input.
     pub fn by_input(&self, input: &Input) -> Option<&Entry> {
-        self.iter().find(|entry| entry.rule.input == *input)
+        self.entries.get(self.inputs.get(input)?)
+    }
+
+    /// Takes an entry in, in the place of what has its name.
+    fn put_in(&mut self, entry: Entry) {
+        self.take_out(&entry.rule.name);
+        self.inputs.insert(entry.rule.input.clone(), entry.rule.name.clone());
+        for output in &entry.rule.outputs {
+            self.fed.entry(identity(output)).or_default().insert(entry.rule.name.clone());
+        }
+        self.entries.insert(entry.rule.name.clone(), entry);
+    }
+
+    /// Takes an entry out; its slots are still taken.
+    fn take_out(&mut self, name: &RuleName) -> Option<Entry> {
+        let entry = self.entries.remove(name)?;
+        self.inputs.remove(&entry.rule.input);
+        for output in &entry.rule.outputs {
+            let identity = identity(output);
+            if let Some(names) = self.fed.get_mut(&identity) {
+                names.remove(name);
+                if names.is_empty() {
+                    self.fed.remove(&identity);
+                }
+            }
+        }
+        Some(entry)
     }
 
     /// Adds a rule; the very same rule again is no change.
@@ -226,7 +265,7 @@ impl RuleSet {
         }
         self.check_outputs(&rule)?;
         let entry = self.give_slots(rule, origin)?;
-        self.entries.insert(entry.rule.name.clone(), entry);
+        self.put_in(entry);
         Ok(Change::Made)
     }
 
@@ -264,7 +303,7 @@ impl RuleSet {
     /// Takes a rule out.
     pub fn remove(&mut self, name: &str) -> Result<Entry, Refusal> {
         let name = self.get(name)?.rule.name.clone();
-        let entry = self.entries.remove(&name).ok_or(Refusal::UnknownRule { name: name.to_string() })?;
+        let entry = self.take_out(&name).ok_or(Refusal::UnknownRule { name: name.to_string() })?;
         self.give_back(&entry);
         Ok(entry)
     }
@@ -305,21 +344,19 @@ impl RuleSet {
         for slot in old.output_slots.iter().filter(|slot| !output_slots.contains(slot)) {
             self.output_slots.give_back(slot.0);
         }
-        self.entries.insert(rule.name.clone(), Entry { rule, output_slots, ..old });
+        self.put_in(Entry { rule, output_slots, ..old });
         Ok(())
     }
 
     /// No other rule may feed an output, unless one of the two says that it is meant.
     fn check_outputs(&self, rule: &Rule) -> Result<(), Refusal> {
-        for other in self.iter().filter(|other| other.rule.name != rule.name) {
-            if rule.merge || other.rule.merge {
-                continue;
-            }
-            for output in &rule.outputs {
-                if other.rule.outputs.iter().any(|taken| taken.identity() == output.identity()) {
-                    let name = other.rule.name.clone();
-                    return Err(Refusal::OutputTaken { output: output.to_string(), name });
-                }
+        for output in &rule.outputs {
+            let feeding = self.fed.get(&identity(output)).into_iter().flatten();
+            let mut others = feeding.filter_map(|name| self.entries.get(name));
+            let meant = |other: &Entry| rule.merge || other.rule.merge || other.rule.name == rule.name;
+            if let Some(other) = others.find(|other| !meant(other)) {
+                let name = other.rule.name.clone();
+                return Err(Refusal::OutputTaken { output: output.to_string(), name });
             }
         }
         Ok(())

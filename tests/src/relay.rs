@@ -317,7 +317,6 @@ pub fn spec(name: &str, input: &str, outputs: &[&str]) -> RuleSpec {
         name: Some(name.to_owned()),
         input: input.to_owned(),
         outputs: outputs.iter().map(|&output| output.to_owned()).collect(),
-        datapath: "auto".to_owned(),
         ..RuleSpec::default()
     }
 }

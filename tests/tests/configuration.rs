@@ -6,6 +6,7 @@
 use std::{
     fs,
     net::SocketAddrV4,
+    os::unix::fs::PermissionsExt,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -439,9 +440,21 @@ fn rules_added_by_command_survive_the_daemon() {
     files.write("mcr.toml", &(rule("file", 1) + &rule("newer", 2)));
     relay.start_again_with(&site, &args);
     assert_eq!(names(&relay.show_all()), ["file", "newer"]);
-    let log = relay.log();
-    let told = "it was `mcr rule add cli --in 239.1.1.2:5000@in0 --out 239.2.2.2:6000@out0,ttl=9 --out 239.2.2.3:6000@out1`";
-    assert!(log.contains(told) && log.contains("mcr.toml:5"), "{log}");
+    let told = |relay: &Relay| {
+        let status: Status = relay.json(&["status"]);
+        status.problems.into_iter().find(|problem| problem.what.starts_with("rule cli, added by command"))
+    };
+    let problem = told(&relay).unwrap();
+    assert!(problem.what.contains("mcr.toml:5") && problem.next == "mcr rule remove cli", "{problem:?}");
+    // It is kept, over another death too, until it can stand or is let go.
+    relay.signal(Signal::SIGKILL);
+    relay.wait(PATIENCE);
+    relay.start_again_with(&site, &args);
+    assert!(told(&relay).is_some());
+    files.write("mcr.toml", &rule("file", 1));
+    load(&relay, &files.path("mcr.toml"), &[]);
+    assert_eq!(relay.wait_until_active("cli").origin, "cli");
+    assert!(told(&relay).is_none());
 }
 
 #[test]
@@ -479,7 +492,7 @@ fn a_torn_journal_is_set_aside_and_said() {
         relay.wait(PATIENCE);
         fs::write(&journal, torn).unwrap();
         // What a process that was killed while it wrote leaves behind.
-        fs::write(site.scratch.dir().join("mcr.sock.journal.new"), "half").unwrap();
+        fs::write(site.scratch.dir().join("mcr.sock.journal.mcr-1"), "half").unwrap();
         relay.start_again(&site);
         assert_eq!(names(&relay.show_all()), [""; 0]);
         let log = relay.log();
@@ -498,8 +511,10 @@ fn a_torn_journal_is_set_aside_and_said() {
 fn a_journal_that_cannot_be_written_is_said_and_the_rule_stands() {
     let site = Site::default();
     let relay = Relay::start(&site);
-    // A directory in the way of the new journal: not even root writes a file there.
-    fs::create_dir_all(site.scratch.dir().join("mcr.sock.journal.new/x")).unwrap();
+    // A directory in the place of the journal: not even root puts a file there.
+    let journal = site.scratch.dir().join("mcr.sock.journal");
+    fs::remove_file(&journal).unwrap();
+    fs::create_dir_all(journal.join("x")).unwrap();
     let outcome: RuleOutcome =
         relay.json(&["rule", "add", "cam", "--in", "239.1.1.1:5000@in0", "--out", "239.2.2.2:6000@out0"]);
     assert!(
@@ -513,9 +528,10 @@ fn a_journal_that_cannot_be_written_is_said_and_the_rule_stands() {
             .iter()
             .any(|problem| problem.what.contains("would not survive"))
     );
-    fs::remove_dir_all(site.scratch.dir().join("mcr.sock.journal.new")).unwrap();
-    relay.add("cam2", "239.1.1.2:5000@in0", &["239.2.2.3:6000@out0"]);
-    assert!(relay.json::<Status>(&["status"]).problems.is_empty());
+    fs::remove_dir_all(&journal).unwrap();
+    // It is tried again by itself.
+    wait_until("the journal is written", PATIENCE, || relay.json::<Status>(&["status"]).problems.is_empty());
+    assert!(fs::read_to_string(&journal).unwrap().contains("cam"));
 }
 
 #[test]
@@ -607,6 +623,149 @@ fn a_thousand_rules_are_loaded_from_a_file() {
     files.write("mcr.toml", "");
     assert_eq!(load(&relay, &files.path("mcr.toml"), &[]).removed.len(), RULES as usize);
     wait_until("every group is left", Duration::from_secs(20), || site.segments[0].joined().is_empty());
+}
+
+#[test]
+fn a_load_that_was_not_confirmed_does_not_come_back_with_the_next_daemon() {
+    let site = Site::default();
+    let files = Files::of(&site, &rule("good", 1));
+    let file = files.path("mcr.toml");
+    let args = ["--config", file.as_str()];
+    let mut relay = files.start(&site);
+    relay.add("mine", "239.1.1.50:5000@in0", &["239.2.2.50:6000@out1"]);
+    files.write("mcr.toml", &rule("bad", 2));
+    let stray = |relay: &Relay| {
+        let status: Status = relay.json(&["status"]);
+        status.problems.iter().any(|problem| problem.what.contains("holds a load that nobody confirmed"))
+    };
+    // Killed while it waits, and killed after it was taken back.
+    for roll_back in [false, true] {
+        load(&relay, &file, &["--confirm", "600"]);
+        if roll_back {
+            let outcome: ConfigOutcome = relay.json(&["config", "rollback"]);
+            assert!(outcome.warnings[0].contains("holds a load that nobody confirmed"), "{outcome:?}");
+            assert!(stray(&relay));
+        }
+        relay.signal(Signal::SIGKILL);
+        relay.wait(PATIENCE);
+        relay.start_again_with(&site, &args);
+        assert_eq!(names(&relay.show_all()), ["good", "mine"]);
+        assert!(stray(&relay));
+    }
+    load(&relay, &file, &["--confirm", "600"]);
+    relay.cli(&["config", "confirm"]).ok();
+    assert!(!stray(&relay));
+    relay.signal(Signal::SIGKILL);
+    relay.wait(PATIENCE);
+    relay.start_again_with(&site, &args);
+    assert_eq!(names(&relay.show_all()), ["bad", "mine"]);
+    assert!(!stray(&relay));
+}
+
+#[test]
+fn what_is_written_keeps_to_what_is_there() {
+    let site = Site::default();
+    let files = Files::of(&site, "");
+    let relay = files.start(&site);
+    relay.add("mine", "239.1.1.50:5000@in0", &["239.2.2.50:6000@out1"]);
+    let file = |name: &str| files.0.join(name);
+    // Not text, not regular, and a name that is somebody's.
+    fs::write(file("latin.toml"), b"# caf\xe9\n").unwrap();
+    refused(&relay, &["config", "save", &files.path("latin.toml")], &["mcr did not write it"]);
+    assert_eq!(fs::read(file("latin.toml")).unwrap(), b"# caf\xe9\n");
+    refused(&relay, &["config", "save", "/dev/null", "--force"], &["/dev/null is no regular file"]);
+    files.write("own.toml.new", "precious");
+    relay.cli(&["config", "save", &files.path("own.toml")]).ok();
+    assert_eq!(files.read("own.toml.new"), "precious");
+    // A link leads to its file, which keeps its mode.
+    let kept = file("kept.toml");
+    fs::write(&kept, "# Written by mcr\n").unwrap();
+    fs::set_permissions(&kept, PermissionsExt::from_mode(0o600)).unwrap();
+    std::os::unix::fs::symlink(&kept, file("rules.d/mcr-saved.toml")).unwrap();
+    relay.cli(&["config", "save"]).ok();
+    assert!(files.read("kept.toml").contains("name = \"mine\""));
+    assert_eq!(fs::metadata(&kept).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(fs::symlink_metadata(file("rules.d/mcr-saved.toml")).unwrap().is_symlink());
+    let left = |name: &str| name.contains(".mcr-");
+    let names = fs::read_dir(&files.0).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(!names.into_iter().any(|name| left(&name.to_string_lossy())));
+}
+
+#[test]
+fn odd_files_are_told_or_passed_over_and_never_waited_for() {
+    let site = Site::default();
+    let files = Files::of(&site, &rule("a", 1));
+    // A relative path is the same file from anywhere.
+    let mut command = Relay::command(&site);
+    command.current_dir(&files.0).args(["--config", "mcr.toml"]);
+    let relay = Relay::spawn(&site, &mut command);
+    assert_eq!(relay.show("a").place, Some(files.path("mcr.toml") + ":1"));
+    assert!(load(&relay, &files.path("mcr.toml"), &[]).warnings.is_empty());
+    relay.add_with("saved", "239.1.1.9:5000@in0", &["239.2.2.9:6000@out0"], &["--save"]);
+    // What an editor keeps there is none of ours.
+    std::os::unix::fs::symlink("nobody@nowhere.1", files.0.join("rules.d/.#x.toml")).unwrap();
+    load(&relay, &files.path("mcr.toml"), &[]);
+    nix::unistd::mkfifo(&files.0.join("rules.d/p.toml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    relay.signal(Signal::SIGHUP);
+    let told = |words: &str| {
+        relay.json::<Status>(&["status"]).problems.iter().any(|problem| problem.what.contains(words))
+    };
+    wait_until("the FIFO is told", PATIENCE, || told("p.toml cannot be read: it is no regular file"));
+    fs::remove_file(files.0.join("rules.d/p.toml")).unwrap();
+    // A pipe is read once, and has no fragments.
+    let before = relay.show_all();
+    let script = format!("cat {} | \"$0\" config load /dev/stdin --json", files.path("mcr.toml"));
+    let mut piped = relay.call(&[]);
+    let binary = piped.get_program().to_owned();
+    piped = site.relay.command("sh");
+    piped.env("MCR_CONTROL", relay.control()).arg("-c").arg(script).arg(binary);
+    let outcome: ConfigOutcome = tests::Process::spawn(&mut piped).answer(tests::relay::CALL).json();
+    let removed: Vec<_> = outcome.removed.iter().map(|rule| rule.name.as_deref()).collect();
+    assert_eq!((removed, outcome.unchanged), (vec![Some("saved")], 1), "{before:?}");
+}
+
+#[test]
+fn a_strangers_journal_where_all_may_write_is_not_believed() {
+    let site = Site::default();
+    let mut relay = Relay::start(&site);
+    relay.add("cam", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    relay.cli(&["stop"]).ok();
+    relay.wait(PATIENCE);
+    let (dir, journal) = (site.scratch.dir(), site.scratch.dir().join("mcr.sock.journal"));
+    std::os::unix::fs::chown(&journal, Some(12_345), None).unwrap();
+    fs::set_permissions(dir, PermissionsExt::from_mode(0o1777)).unwrap();
+    relay.start_again(&site);
+    assert!(relay.show_all().is_empty());
+    assert!(
+        relay.log().contains("it is user 12345's, in a directory where all may write"),
+        "{}",
+        relay.log()
+    );
+}
+
+#[test]
+fn the_command_line_bears_on_what_a_file_may_hold() {
+    let site = Site::default();
+    let files = Files::of(&site, &(rule("a", 1) + &rule("b", 2)));
+    let file = files.path("mcr.toml");
+    let line = Relay::refused(Relay::command(&site).args(["--config", &file, "--max-rules", "1"]));
+    assert!(line.contains("mcr.toml:5") && line.contains("room for 1 rules"), "{line}");
+    files.write(
+        "mcr.toml",
+        &format!(
+            "[daemon]\nmax_rules = 1\ndatapath = \"af-packet\"\n{}{}datapath = \"auto\"\n",
+            rule("a", 1),
+            rule("b", 2)
+        ),
+    );
+    let relay = Relay::start_with(&site, &["--config", &file, "--max-rules", "2"]);
+    let asked = |name: &str| relay.show(name).datapath_asked;
+    assert_eq!((asked("a"), asked("b")), ("af-packet".to_owned(), "auto".to_owned()));
+    relay.cli(&["rule", "set", "a", "--datapath", "auto"]).ok();
+    assert_eq!(asked("a"), "auto");
+    // A file written of it says so.
+    relay.cli(&["config", "save", &files.path("saved.toml")]).ok();
+    assert_eq!(files.read("saved.toml").matches("datapath = \"auto\"").count(), 2);
 }
 
 tests::on_both_datapaths!(

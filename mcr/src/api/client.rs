@@ -111,13 +111,22 @@ impl Client {
 
     /// Sends one request and reads its response.
     pub fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T, ClientError> {
+        self.call_within(request, self.timeout)
+    }
+
+    /// As [`Self::call`], within another time.
+    pub fn call_within<T: DeserializeOwned>(
+        &mut self,
+        request: &Request,
+        limit: Duration,
+    ) -> Result<T, ClientError> {
         self.last_id += 1;
         let line = rpc::request_line(self.last_id, request)
             .map_err(|error| self.protocol(format!("the request cannot be written: {error}")))?;
         if line.len() > wire::MAX_REQUEST_BYTES {
             return Err(ClientError::RequestTooLong { bytes: line.len() });
         }
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + limit;
         let patience = Instant::now() + BUSY_PATIENCE;
         loop {
             self.send(&line)?;

@@ -176,7 +176,11 @@ mod tests {
             Request::Ping,
             Request::Status,
             Request::Stop,
-            Request::RuleAdd(RuleSpec { input: name(), datapath: "auto".to_owned(), ..Default::default() }),
+            Request::RuleAdd(RuleSpec {
+                input: name(),
+                datapath: Some("auto".to_owned()),
+                ..Default::default()
+            }),
             Request::RuleSet(RuleChange { name: name(), ..Default::default() }),
             Request::RuleRemove(RuleRemoval { name: name(), save: false }),
             Request::RuleList,

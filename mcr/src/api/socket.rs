@@ -23,7 +23,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
 
 use crate::{
-    supervisor::settings::DEFAULT_CONTROL,
+    supervisor::{journal, settings::DEFAULT_CONTROL},
     sys::privileges::{self, Account},
 };
 
@@ -120,7 +120,9 @@ impl ControlLock {
         std::os::unix::fs::fchown(&*self.file, Some(account.uid.as_raw()), Some(account.gid.as_raw()))
             .map_err(failed(&self.lock))?;
         let journal = self.journal();
-        give_file(&journal, account).map_err(failed(&journal))?;
+        if fs::symlink_metadata(&journal).is_ok_and(|metadata| journal::ours(&journal, &metadata)) {
+            give_file(&journal, account).map_err(failed(&journal))?;
+        }
         let parent = self.socket.parent().filter(|_| self.own_directory);
         parent.map_or(Ok(()), |parent| privileges::give(parent, account).map_err(failed(parent)))
     }

@@ -90,8 +90,9 @@ pub struct RuleSpec {
     pub input: String,
     #[serde(rename = "out")]
     pub outputs: Vec<String>,
-    #[serde(default = "auto")]
-    pub datapath: String,
+    /// The daemon's if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datapath: Option<String>,
     /// Other rules may feed the same output.
     #[serde(default)]
     pub merge: bool,
@@ -101,10 +102,6 @@ pub struct RuleSpec {
     /// Make it permanent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub save: bool,
-}
-
-fn auto() -> String {
-    "auto".to_owned()
 }
 
 /// A change of a rule's outputs or datapath.

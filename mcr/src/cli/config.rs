@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -16,8 +17,15 @@ use crate::{
         ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, LoadOutcome, Request, RuleSpec, SCHEMA,
         SettingDifference,
     },
-    config::{self, HEAD, Mistake},
+    config::{self, HEAD, Mistake, Source, options::Options},
+    rule::DatapathChoice,
 };
+
+/// How long a load may take: thousands of rules are served before it is answered.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// As many rules as a daemon can have.
+const MOST_RULES: u32 = 65_536;
 
 /// Check configuration files, load them into the daemon, and save what runs
 #[derive(Debug, clap::Args)]
@@ -66,7 +74,9 @@ impl Args {
             Command::Save { file: Some(file), force } => save(remote, &file, force),
             Command::Load { file, confirm } => load(remote, &file, confirm),
             Command::Diff { file } => {
-                let outcome: ConfigOutcome = remote.call(&request(&file, true, None)?)?;
+                let load = ConfigLoad { sources: sources(&file)?, dry_run: true, confirm_within_s: None };
+                let outcome: ConfigOutcome =
+                    remote.connect()?.call_within(&Request::ConfigLoad(load), PATIENCE)?;
                 remote.show(&outcome, |outcome, _| plan(outcome))
             }
             Command::Confirm => remote.ask(&Request::ConfigConfirm, |outcome, _| done(outcome)),
@@ -84,7 +94,7 @@ struct Checked {
 }
 
 fn check(remote: &Remote, file: &Path) -> anyhow::Result<()> {
-    let (rules, mistakes) = match config::read(&gather(file)?) {
+    let (rules, mistakes) = match config::read(&gather(file)?, &Options::default()) {
         Ok(config) => (config.rules.len(), Vec::new()),
         Err(mistakes) => (0, mistakes),
     };
@@ -101,27 +111,37 @@ fn check(remote: &Remote, file: &Path) -> anyhow::Result<()> {
 }
 
 /// The file with its fragments. What a daemon is told of it holds wherever the daemon is.
-fn gather(file: &Path) -> anyhow::Result<Vec<config::Source>> {
+fn gather(file: &Path) -> anyhow::Result<Vec<Source>> {
     let file = std::path::absolute(file).with_context(|| format!("{} is no path", file.display()))?;
     Ok(config::gather(&file)?)
 }
 
-fn request(file: &Path, dry_run: bool, confirm_within_s: Option<u32>) -> anyhow::Result<Request> {
+/// Refuses what no daemon would take. How many rules there is room for, the daemon knows.
+fn sources(file: &Path) -> anyhow::Result<Vec<Source>> {
     let sources = gather(file)?;
-    if let Err(mistakes) = config::read(&sources) {
-        bail!(config::in_one_line(&mistakes));
+    match config::read(&sources, &Options::of_rules(MOST_RULES, DatapathChoice::default())) {
+        Ok(_) => Ok(sources),
+        Err(mistakes) => bail!(config::in_one_line(&mistakes)),
     }
-    Ok(Request::ConfigLoad(ConfigLoad { sources, dry_run, confirm_within_s }))
 }
 
-fn load(remote: &Remote, file: &Path, confirm: Option<u32>) -> anyhow::Result<()> {
+fn load(remote: &Remote, file: &Path, confirm_within_s: Option<u32>) -> anyhow::Result<()> {
+    let sources = sources(file)?;
     let mut client = remote.connect()?;
+    let mut shown = None;
     if !remote.json() {
-        let planned: ConfigOutcome = client.call(&request(file, true, None)?)?;
-        print(&plan(&planned))?;
+        let dry = ConfigLoad { sources: sources.clone(), dry_run: true, confirm_within_s };
+        let planned: ConfigOutcome = client.call_within(&Request::ConfigLoad(dry), PATIENCE)?;
+        let text = plan(&planned);
+        print(&text)?;
+        shown = Some(text);
     }
-    let outcome: ConfigOutcome = client.call(&request(file, false, confirm)?)?;
-    if !remote.json() {
+    let load = Request::ConfigLoad(ConfigLoad { sources, dry_run: false, confirm_within_s });
+    let outcome: ConfigOutcome = client.call_within(&load, PATIENCE)?;
+    if let Some(shown) = shown {
+        if shown != plan(&outcome) {
+            print(&format!("the rules have changed meanwhile; what was done:\n{}", plan(&outcome)))?;
+        }
         for warning in &outcome.warnings {
             let _ = writeln!(io::stderr(), "warning: {}", text::one_line(warning));
         }
@@ -130,12 +150,23 @@ fn load(remote: &Remote, file: &Path, confirm: Option<u32>) -> anyhow::Result<()
 }
 
 fn save(remote: &Remote, file: &Path, force: bool) -> anyhow::Result<()> {
-    let foreign = fs::read_to_string(file).is_ok_and(|text| !text.starts_with(HEAD));
-    if foreign && !force {
-        bail!("{} is there and mcr did not write it: choose another name, or say --force", file.display());
+    match fs::metadata(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Ok(metadata) if !metadata.is_file() => {
+            bail!("{} is no regular file: choose another name", file.display())
+        }
+        _ => {
+            let text = fs::read(file).with_context(|| format!("{} cannot be read", file.display()))?;
+            if !text.starts_with(HEAD.as_bytes()) && !force {
+                bail!(
+                    "{} is there and mcr did not write it: choose another name, or say --force",
+                    file.display()
+                );
+            }
+        }
     }
     let shown: ConfigText = remote.call(&Request::ConfigShow)?;
-    crate::sys::whole_file::write(file, shown.toml.as_bytes(), 0o644)
+    crate::sys::whole_file::write(file, shown.toml.as_bytes())
         .with_context(|| format!("{} cannot be written", file.display()))?;
     let saved = ConfigSaved { schema: SCHEMA, file: file.display().to_string(), saved: Vec::new() };
     remote.show(&saved, |saved, _| format!("saved all that runs in {}\n", saved.file))

@@ -21,11 +21,12 @@ pub struct Args {
 
 impl Args {
     pub fn run(self) -> anyhow::Result<()> {
-        let sources = self.config.as_deref().map(config::gather).transpose()?.unwrap_or_default();
-        let config = match config::read(&sources) {
+        let file = self.config.map(std::path::absolute).transpose()?;
+        let sources = file.as_deref().map(config::gather).transpose()?.unwrap_or_default();
+        let config = match config::read(&sources, &self.options) {
             Ok(config) => config,
             Err(mistakes) => bail!(config::in_one_line(&mistakes)),
         };
-        supervisor::run(Launch { options: self.options, file: self.config }, config)
+        supervisor::run(Launch { options: self.options, file, sources }, config)
     }
 }

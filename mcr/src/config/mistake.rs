@@ -33,8 +33,8 @@ impl Mistake {
             file: source.file.clone(),
             line,
             column: column as u32 + 1,
-            what: what.into(),
-            text: text.to_owned(),
+            what: printable(&what.into(), usize::MAX),
+            text: printable(text, LONGEST),
             width: (meant.chars().count() as u32).max(1),
         }
     }
@@ -59,6 +59,15 @@ impl fmt::Display for Mistake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}: {}", self.file, self.line, self.column, self.what)
     }
+}
+
+/// Characters of a line that are shown.
+const LONGEST: usize = 200;
+
+/// Text without what a terminal would obey, cut after so many characters.
+fn printable(text: &str, longest: usize) -> String {
+    let shown = |c: char| if c.is_control() && c != '\t' { '\u{fffd}' } else { c };
+    text.chars().take(longest).map(shown).collect()
 }
 
 /// The number of the line at a place in a text, from 1, and where it starts.

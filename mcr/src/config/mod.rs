@@ -8,7 +8,9 @@ mod read;
 mod write;
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -19,7 +21,10 @@ pub use mistake::Mistake;
 pub use read::{read, read_fragment};
 pub use write::{HEAD, document, fragment};
 
-use crate::rule::{Place, Rule};
+use crate::{
+    api::wire,
+    rule::{Place, Rule},
+};
 use options::Options;
 
 /// The directory of fragments, beside the file that they belong to.
@@ -51,9 +56,17 @@ pub struct Unreadable {
     source: io::Error,
 }
 
-/// Reads a configuration file and the fragments beside it: `rules.d/*.toml`, in the order of their names.
+/// Longest file that is read, in bytes.
+const LONGEST: u64 = wire::MAX_REQUEST_BYTES as u64;
+
+/// Reads a configuration file and the fragments beside it: `rules.d/*.toml`, in the order of their names. What is no
+/// regular file, as a pipe, has no fragments.
 pub fn gather(file: &Path) -> Result<Vec<Source>, Unreadable> {
-    let mut sources = vec![source(file)?];
+    let regular = fs::metadata(file).is_ok_and(|metadata| metadata.is_file());
+    if !regular {
+        return Ok(vec![source(file, false)?]);
+    }
+    let mut sources = vec![source(file, true)?];
     let directory = fragments_of(file);
     let unreadable = |error| Unreadable { file: directory.clone(), source: error };
     let entries = match fs::read_dir(&directory) {
@@ -63,10 +76,12 @@ pub fn gather(file: &Path) -> Result<Vec<Source>, Unreadable> {
     };
     let paths = entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>();
     let mut paths = paths.map_err(unreadable)?;
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    // Editors keep files of their own there, whose names begin with a dot.
+    let hidden = |path: &Path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml") && !hidden(path));
     paths.sort();
     for path in paths {
-        sources.push(source(&path)?);
+        sources.push(source(&path, true)?);
     }
     Ok(sources)
 }
@@ -80,9 +95,19 @@ pub fn in_one_line(mistakes: &[Mistake]) -> String {
     }
 }
 
-fn source(file: &Path) -> Result<Source, Unreadable> {
-    let text = fs::read_to_string(file);
-    let text = text.map_err(|source| Unreadable { file: file.to_owned(), source })?;
+/// Reads a file; one that is to be regular is not waited for.
+fn source(file: &Path, regular: bool) -> Result<Source, Unreadable> {
+    let unreadable = |source| Unreadable { file: file.to_owned(), source };
+    let flags = if regular { libc::O_NONBLOCK } else { 0 };
+    let opened = fs::OpenOptions::new().read(true).custom_flags(flags).open(file).map_err(unreadable)?;
+    if regular && !opened.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Err(unreadable(io::Error::other("it is no regular file")));
+    }
+    let text = io::read_to_string(opened.take(LONGEST + 1)).map_err(unreadable)?;
+    if text.len() as u64 > LONGEST {
+        return Err(unreadable(io::Error::other(format!("it is longer than {LONGEST} bytes"))));
+    }
+    let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
     Ok(Source { file: file.display().to_string(), text })
 }
 

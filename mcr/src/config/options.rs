@@ -74,6 +74,17 @@ pub struct Options {
 }
 
 impl Options {
+    /// These, for a daemon whose maps have room for so many rules.
+    #[must_use]
+    pub fn with_max_rules(self, max_rules: u32) -> Self {
+        Self { max_rules: Some(max_rules), ..self }
+    }
+
+    /// Those that bear on what rules may stand.
+    pub fn of_rules(max_rules: u32, datapath: DatapathChoice) -> Self {
+        Self { max_rules: Some(max_rules), datapath: Some(datapath), ..Self::default() }
+    }
+
     /// These, and of those what these leave open.
     #[must_use]
     pub fn or(self, those: Self) -> Self {
@@ -165,18 +176,26 @@ pub fn parse(arguments: &[String]) -> Options {
     Table::try_parse_from(words).map(|table| table.options).unwrap_or_default()
 }
 
+/// What is wrong with a line of `[daemon]`, in words for a person.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wrong {
+    /// There is no such key.
+    Key(String),
+    Value(String),
+}
+
 /// A key of `[daemon]` as the argument that it is, none if it says what holds anyway.
 ///
 /// # Errors
 ///
-/// Why it is no key, or its value none, in words for a person.
-pub fn argument(key: &str, value: &DeValue<'_>) -> Result<Option<String>, String> {
+/// Why it is no key, or its value none.
+pub fn argument(key: &str, value: &DeValue<'_>) -> Result<Option<String>, Wrong> {
     let table = Table::command();
     let arg = table.get_arguments().find(|arg| key_of(arg).as_deref() == Some(key));
     let Some(arg) = arg else {
         let mut keys: Vec<_> = table.get_arguments().filter_map(key_of).collect();
         keys.sort();
-        return Err(format!("'{key}' is no key of [daemon]: there are {}", keys.join(", ")));
+        return Err(Wrong::Key(format!("'{key}' is no key of [daemon]: there are {}", keys.join(", "))));
     };
     let wanted = if matches!(arg.get_action(), ArgAction::SetTrue) {
         "true or false"
@@ -191,12 +210,15 @@ pub fn argument(key: &str, value: &DeValue<'_>) -> Result<Option<String>, String
         }
         (DeValue::Integer(number), "a number") if number.radix() == 10 => number.as_str().to_owned(),
         (DeValue::String(text), "a text in quotes") => text.to_string(),
-        _ => return Err(format!("'{key}' takes {wanted}, and this is {}", kind(value))),
+        (DeValue::Integer(_), "a number") => {
+            return Err(Wrong::Value(format!("'{key}' takes a number in decimal digits alone")));
+        }
+        _ => return Err(Wrong::Value(format!("'{key}' takes {wanted}, and this is {}", kind(value)))),
     };
     let argument = format!("{}={text}", flag(key));
     match Table::try_parse_from(["daemon", &argument]) {
         Ok(_) => Ok(Some(argument)),
-        Err(error) => Err(format!("'{key}' cannot be '{text}': {}", advice(&error))),
+        Err(error) => Err(Wrong::Value(format!("'{key}' cannot be '{text}': {}", advice(&error)))),
     }
 }
 
@@ -223,7 +245,8 @@ fn is_number(arg: &Arg) -> bool {
 fn advice(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::InvalidValue {
         let valid = error.context().find(|(kind, _)| *kind == clap::error::ContextKind::ValidValue);
-        return valid.map_or_else(|| "it is empty".to_owned(), |(_, values)| format!("there are {values}"));
+        let valid = valid.map(|(_, values)| values.to_string()).filter(|values| !values.is_empty());
+        return valid.map_or_else(|| "it is empty".to_owned(), |values| format!("there are {values}"));
     }
     let cause = std::error::Error::source(error).map(ToString::to_string);
     cause.unwrap_or_else(|| error.kind().to_string())

@@ -7,7 +7,11 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Config, Mistake, Source, mistake::line_at, options};
+use super::{
+    Config, Mistake, Source,
+    mistake::line_at,
+    options::{self, Options, Wrong},
+};
 use crate::{
     rule::{DatapathChoice, Origin, Place, Rule, RuleError, RuleName},
     ruleset::{Change, Refusal, RuleSet},
@@ -19,30 +23,41 @@ use crate::{
 /// # Errors
 ///
 /// Every mistake, in the order of the files and of their lines.
-pub fn read(sources: &[Source]) -> Result<Config, Vec<Mistake>> {
-    read_files(sources.iter().enumerate().map(|(index, source)| (source, index > 0)))
+///
+/// `said` goes before what the files say of options.
+pub fn read(sources: &[Source], said: &Options) -> Result<Config, Vec<Mistake>> {
+    read_files(sources.iter().enumerate().map(|(index, source)| (source, index > 0)), said)
 }
 
-/// Reads a fragment by itself.
-pub fn read_fragment(source: &Source) -> Result<Config, Vec<Mistake>> {
-    read_files(std::iter::once((source, true)))
+/// Reads a fragment by itself, for a daemon that runs with these options.
+pub fn read_fragment(source: &Source, runs: &Options) -> Result<Config, Vec<Mistake>> {
+    read_files(std::iter::once((source, true)), runs)
 }
 
 /// Reads files, of each of which is said whether it is a fragment.
-fn read_files<'a>(sources: impl Iterator<Item = (&'a Source, bool)>) -> Result<Config, Vec<Mistake>> {
+fn read_files<'a>(
+    sources: impl Iterator<Item = (&'a Source, bool)>,
+    said: &Options,
+) -> Result<Config, Vec<Mistake>> {
     let mut mistakes = Vec::new();
     let mut config = Config::default();
     let mut written = Vec::new();
+    let mut first = None;
     for (source, is_fragment) in sources {
         let mut reader = Reader { source, is_fragment, arguments: Vec::new(), mistakes: Vec::new() };
         written.extend(reader.file().into_iter().map(|rule| (source, rule)));
         config.options = config.options.or(options::parse(&reader.arguments));
+        first = first.or(Some(source));
         reader.mistakes.sort_by_key(|mistake| (mistake.line, mistake.column));
         mistakes.extend(reader.mistakes);
     }
-    let settings = Settings::from(config.options.clone());
+    let settings = Settings::from(said.clone().or(config.options.clone()));
+    if let (Some(source), Err(what)) = (first, settings.check()) {
+        mistakes.push(Mistake::new(source, 0..0, what));
+    }
     let mut set = RuleSet::new(settings.max_rules);
-    for (source, Written { rule, span }) in written {
+    for (source, Written { mut rule, datapath, span }) in written {
+        rule.datapath = datapath.unwrap_or(settings.datapath);
         let place = Place { file: source.file.as_str().into(), line: line_at(&source.text, span.start).0 };
         match set.add(rule.clone(), Origin::File(place.clone())) {
             Ok(Change::Made) => config.rules.push((rule, place)),
@@ -91,6 +106,8 @@ fn refused(rule: &Rule, refusal: &Refusal, set: &RuleSet) -> String {
 /// A rule that is one by itself.
 struct Written {
     rule: Rule,
+    /// What it says of its datapath.
+    datapath: Option<DatapathChoice>,
     /// Of its table's head.
     span: Range<usize>,
 }
@@ -148,8 +165,8 @@ impl Reader<'_> {
         for (key, value) in table {
             match options::argument(key.get_ref(), value.get_ref()) {
                 Ok(argument) => self.arguments.extend(argument),
-                Err(what) if what.contains("is no key") => self.mistake(key.span(), what),
-                Err(what) => self.mistake(value.span(), what),
+                Err(Wrong::Key(what)) => self.mistake(key.span(), what),
+                Err(Wrong::Value(what)) => self.mistake(value.span(), what),
             }
         }
     }
@@ -162,14 +179,14 @@ impl Reader<'_> {
         };
         let known = self.mistakes.len();
         let (mut name, mut input, mut outputs) = (None, None, None);
-        let mut datapath = DatapathChoice::default();
+        let mut datapath = None;
         let (mut merge, mut link_local) = (false, false);
         for (key, value) in keys {
             match key.get_ref().as_ref() {
                 "name" => name = self.parsed(value, "name"),
                 "in" => input = self.parsed(value, "in"),
                 "out" => outputs = Some(self.outputs(value)),
-                "datapath" => datapath = self.parsed(value, "datapath").unwrap_or_default(),
+                "datapath" => datapath = self.parsed(value, "datapath"),
                 "merge" => merge = self.flag(value, "merge"),
                 "link_local" => link_local = self.flag(value, "link_local"),
                 other => {
@@ -188,8 +205,9 @@ impl Reader<'_> {
         }
         let input = input?;
         let name = name.unwrap_or_else(|| RuleName::derived(&input));
-        let rule = Rule { name, input, outputs: outputs?, datapath, merge, link_local };
-        Some(Written { rule, span: table.span() })
+        let unsaid = DatapathChoice::default();
+        let rule = Rule { name, input, outputs: outputs?, datapath: unsaid, merge, link_local };
+        Some(Written { rule, datapath, span: table.span() })
     }
 
     /// One output, or a list of them.

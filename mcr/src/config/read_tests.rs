@@ -36,7 +36,7 @@ link_local = true
 
 #[test]
 fn every_option_and_every_rule_option_is_read() {
-    let config = read(&[source("mcr.toml", GOOD)]).unwrap();
+    let config = read(&[source("mcr.toml", GOOD)], &Options::default()).unwrap();
     let settings = Settings::from(config.options);
     assert_eq!(settings.datapath, DatapathChoice(Some(Datapath::AfPacket)));
     assert_eq!((settings.workers.map(std::num::NonZeroU32::get), settings.generic_xdp), (Some(2), true));
@@ -55,23 +55,30 @@ fn every_option_and_every_rule_option_is_read() {
 
 #[test]
 fn what_is_written_is_read_as_it_was() {
-    let config = read(&[source("mcr.toml", GOOD)]).unwrap();
+    let config = read(&[source("mcr.toml", GOOD)], &Options::default()).unwrap();
     let mut set = RuleSet::new(10);
     for (rule, place) in &config.rules {
         set.add(rule.clone(), Origin::File(place.clone())).unwrap();
     }
     let settings = Settings::from(config.options);
-    let again = read(&[source("saved.toml", &document(&settings, set.iter()))]).unwrap();
+    let again = read(&[source("saved.toml", &document(&settings, set.iter()))], &Options::default()).unwrap();
     assert_eq!(Settings::from(again.options), settings);
     let rules = |rules: &[(Rule, Place)]| rules.iter().map(|(rule, _)| rule.clone()).collect::<Vec<_>>();
     assert_eq!(rules(&again.rules), rules(&config.rules));
-    let text = fragment(rules(&config.rules).iter());
-    assert_eq!(rules(&read_fragment(&source("f.toml", &text)).unwrap().rules), rules(&config.rules));
+    let text = fragment(rules(&config.rules).iter(), settings.datapath);
+    assert_eq!(
+        rules(
+            &read_fragment(&source("f.toml", &text), &Options::of_rules(100, settings.datapath))
+                .unwrap()
+                .rules
+        ),
+        rules(&config.rules)
+    );
 }
 
 /// What is wrong with a file, each as `LINE:COLUMN: WHAT`, and the text that is meant.
 fn mistakes(text: &str) -> Vec<(String, String)> {
-    let mistakes = read(&[source("f", text)]).unwrap_err();
+    let mistakes = read(&[source("f", text)], &Options::default()).unwrap_err();
     let meant = |mistake: &Mistake| {
         let meant = mistake.text.chars().skip(mistake.column as usize - 1).take(mistake.width as usize);
         meant.collect::<String>()
@@ -190,7 +197,7 @@ fn all_mistakes_are_told_at_once() {
 
 #[test]
 fn a_mistake_is_shown_under_its_line() {
-    let mistakes = read(&[source("f", "[daemon]\n\tworkers = \"2\"\n")]).unwrap_err();
+    let mistakes = read(&[source("f", "[daemon]\n\tworkers = \"2\"\n")], &Options::default()).unwrap_err();
     let shown = "f:2:12: 'workers' takes a number, and this is a string\n  |\n2 | \tworkers = \"2\"\n  | \t          ^^^\n";
     assert_eq!(mistakes[0].excerpt(), shown);
 }
@@ -203,14 +210,15 @@ fn fragments_hold_rules_alone_and_conflict_across_files() {
         source("rules.d/1.toml", "[daemon]\nworkers = 2\n"),
         source("rules.d/2.toml", &format!("{rule}name = \"b\"\n")),
     ];
-    let told: Vec<_> = read(&sources).unwrap_err().iter().map(ToString::to_string).collect();
+    let told: Vec<_> =
+        read(&sources, &Options::default()).unwrap_err().iter().map(ToString::to_string).collect();
     assert!(told[0].starts_with("rules.d/1.toml:1:2: [daemon] does not belong in a fragment"), "{told:?}");
     assert!(
         told[1].starts_with("rules.d/2.toml:1:1: 239.1.1.1:5000@eth0 is the input of rule 'a' (mcr.toml:1)")
     );
     // The very same rule twice is one.
     let twice = [sources[0].clone(), source("rules.d/3.toml", &format!("{rule}name = \"a\"\n"))];
-    assert_eq!(read(&twice).unwrap().rules.len(), 1);
+    assert_eq!(read(&twice, &Options::default()).unwrap().rules.len(), 1);
 }
 
 #[test]
@@ -226,11 +234,11 @@ fn nothing_that_is_read_panics() {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             text.push_str(bits[(state >> 33) as usize % bits.len()]);
         }
-        if let Err(mistakes) = read(&[source("f", &text)]) {
+        if let Err(mistakes) = read(&[source("f", &text)], &Options::default()) {
             assert!(mistakes.iter().all(|mistake| !mistake.excerpt().is_empty()));
         }
     }
     for cut in 0..GOOD.len() {
-        let _ = read(&[source("f", &GOOD[..cut])]);
+        let _ = read(&[source("f", &GOOD[..cut])], &Options::default());
     }
 }

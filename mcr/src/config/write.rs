@@ -21,21 +21,22 @@ pub fn document<'a>(settings: &Settings, rules: impl Iterator<Item = &'a Entry>)
             let _ = writeln!(text, "{key} = {value}");
         }
     }
-    rules.for_each(|entry| rule(&mut text, &entry.rule));
+    rules.for_each(|entry| rule(&mut text, &entry.rule, settings.datapath));
     text
 }
 
-/// mcr's own fragment: rules that were added by command and saved.
-pub fn fragment<'a>(rules: impl Iterator<Item = &'a Rule>) -> String {
+/// mcr's own fragment, for a daemon whose own datapath this is: rules that were added by command and saved.
+pub fn fragment<'a>(rules: impl Iterator<Item = &'a Rule>, datapath: DatapathChoice) -> String {
     let mut text = format!(
         "{HEAD}: the rules that `--save` and `mcr config save` made permanent. Change them by command: what is\n\
          # written here by hand goes at the next one.\n"
     );
-    rules.for_each(|entry| rule(&mut text, entry));
+    rules.for_each(|entry| rule(&mut text, entry, datapath));
     text
 }
 
-fn rule(text: &mut String, rule: &Rule) {
+/// Writes a rule for a daemon whose own datapath this is.
+fn rule(text: &mut String, rule: &Rule, datapath: DatapathChoice) {
     let quoted = |text: String| Value::String(text).to_string();
     let _ = write!(text, "\n[[rule]]\nname = {}\n", quoted(rule.name.to_string()));
     let _ = writeln!(text, "in = {}", quoted(rule.input.to_string()));
@@ -44,7 +45,7 @@ fn rule(text: &mut String, rule: &Rule) {
         [one] => writeln!(text, "out = [{one}]"),
         many => writeln!(text, "out = [\n    {},\n]", many.join(",\n    ")),
     };
-    if rule.datapath != DatapathChoice::default() {
+    if rule.datapath != datapath {
         let _ = writeln!(text, "datapath = {}", quoted(rule.datapath.to_string()));
     }
     for (set, key) in [(rule.merge, "merge"), (rule.link_local, "link_local")] {

@@ -56,7 +56,7 @@ impl RuleSet {
         let gone: Vec<_> =
             self.iter().filter(from_file).filter(|entry| !names.contains(&entry.rule.name)).collect();
         for entry in &gone {
-            rules.entries.remove(&entry.rule.name);
+            rules.take_out(&entry.rule.name);
             rules.give_back(entry);
             plan.removed.push(entry.rule.name.clone());
         }
@@ -84,7 +84,7 @@ impl RuleSet {
                     return Err(self.conflict(place, name, &refusal));
                 }
                 (Some(difference), Origin::File(_)) => {
-                    rules.entries.remove(&name);
+                    rules.take_out(&name);
                     former.insert(name.clone(), known);
                     plan.changed.push((name, difference));
                     new.push((rule, place));
@@ -124,7 +124,7 @@ impl RuleSet {
                     self.give_back(former);
                 }
                 let entry = self.give_slots(rule, origin)?;
-                self.entries.insert(entry.rule.name.clone(), entry);
+                self.put_in(entry);
                 Ok(())
             }
         }
@@ -136,7 +136,7 @@ impl RuleSet {
             && entry.output_slots.iter().all(|slot| self.output_slots.resting.contains(&slot.0));
         let fits = self.by_input(&entry.rule.input).is_none() && self.check_outputs(&entry.rule).is_ok();
         if slots_rest && fits {
-            self.entries.insert(entry.rule.name.clone(), entry.clone());
+            self.put_in(entry.clone());
         }
     }
 }

@@ -9,7 +9,6 @@ use tracing::{error, info};
 
 use crate::{
     api::wire::{Alarm, count, timestamp},
-    datapath::af_xdp,
     rule::{Datapath, InterfaceName},
     ruleset::RuleSet,
     supervisor::{
@@ -88,7 +87,7 @@ fn in_flight(
     for (id, running) in state.workers().iter().filter(|(id, _)| id.is_of(name, datapath)) {
         all.batches += 2 * BATCH as u64;
         all.sockets += match running.spec.as_ref().map(|spec| &spec.source) {
-            Some(FrameSource::AfXdp { queues, .. }) => queues.len() as u64 * u64::from(af_xdp::FRAMES),
+            Some(FrameSource::AfXdp { queues, .. }) => queues.len() as u64 * u64::from(state.frames()),
             Some(FrameSource::AfPacket) => sockets.get(id).map_or(0, PacketIngress::slots),
             None => 0,
         };

@@ -302,7 +302,13 @@ impl Daemon {
             problem(format!("the last reload was refused: {why}"), &format!("mcr config check {file}"))
         });
         let forgetful = self.journal_failure.as_ref().map(|why| problem(why.clone(), "mcr config save FILE"));
-        waiting.into_iter().chain(refused).chain(forgetful).collect()
+        let stray = self.stray().map(|why| problem(why, "mcr config diff FILE"));
+        let parked = self.configuration.parked.iter().map(|(spec, why)| {
+            let name = spec.name.as_deref().unwrap_or_default();
+            let what = format!("rule {name}, added by command, cannot stand: {why}");
+            problem(what, &format!("mcr rule remove {name}"))
+        });
+        waiting.into_iter().chain(refused).chain(stray).chain(forgetful).chain(parked).collect()
     }
 
     fn all_drops(&self, rules: Vec<RuleStats>) -> BTreeMap<String, u64> {

@@ -119,7 +119,18 @@ impl Daemon {
             self.settle().await;
             return Err(Error::refused(why));
         }
-        let mut warnings = self.keep_change(&name, spec.save);
+        let mut warnings = match self.keep_change(&name, spec.save) {
+            Ok(warnings) => warnings,
+            Err(_) if change == Change::Made => {
+                // What cannot be permanent as it was to be is not there at all.
+                let why = self.save(std::slice::from_ref(&name)).err();
+                self.state.remove(name.as_str())?;
+                self.settle().await;
+                self.remember();
+                return Err(why.unwrap_or_else(|| Error::refused("it could not be saved: try again")));
+            }
+            Err(error) => return Err(error),
+        };
         warnings.extend(self.warnings(&entry));
         let entry = self.state.rules().get(name.as_str())?.clone();
         self.outcome(outcome, &entry, warnings)
@@ -139,11 +150,12 @@ impl Daemon {
     }
 
     /// Makes a change outlive the daemon: the journal keeps it, or the file where it is to be permanent. Answers what
-    /// came in between.
-    fn keep_change(&mut self, name: &RuleName, save: bool) -> Vec<String> {
-        let saved = if save { self.save(std::slice::from_ref(name)).err() } else { None };
-        let unsaved = saved.map(|why| format!("rule '{name}' is not saved: {why}"));
-        unsaved.into_iter().chain(self.remember()).collect()
+    /// keeps the journal from it.
+    fn keep_change(&mut self, name: &RuleName, save: bool) -> Result<Vec<String>, Error> {
+        let saved = if save { self.save(std::slice::from_ref(name)).map(drop) } else { Ok(()) };
+        let warnings = self.remember();
+        saved.map_err(|why| Error::refused(format!("rule '{name}' was changed, but not saved: {why}")))?;
+        Ok(warnings.into_iter().collect())
     }
 
     /// The rule that a specification means; one without a name has that of its twin, or a derived one.
@@ -155,24 +167,18 @@ impl Daemon {
             (None, Some(twin)) if twin.rule.outputs == outputs => twin.rule.name.clone(),
             (None, _) => RuleName::derived(&input),
         };
-        let datapath = self.choose(&spec.datapath)?;
+        let datapath = match &spec.datapath {
+            Some(asked) => asked.parse().map_err(refused)?,
+            None => self.settings.datapath,
+        };
         Ok(Rule { name, input, outputs, datapath, merge: spec.merge, link_local: spec.link_local })
-    }
-
-    /// The datapath asked for: the rule's, else the daemon's. One that is not built is refused.
-    fn choose(&self, asked: &str) -> Result<DatapathChoice, Error> {
-        let mut asked: DatapathChoice = asked.parse().map_err(refused)?;
-        if asked.0.is_none() {
-            asked = self.settings.datapath;
-        }
-        Ok(asked)
     }
 
     async fn set_rule(&mut self, change: &RuleChange) -> Answer {
         let amendment = Amendment {
             add: parse_outputs(&change.add_out)?,
             delete: parse_outputs(&change.del_out)?,
-            datapath: change.datapath.as_deref().map(|asked| self.choose(asked)).transpose()?,
+            datapath: change.datapath.as_deref().map(|asked| asked.parse().map_err(refused)).transpose()?,
             merge: change.merge,
             link_local: change.link_local,
         };
@@ -198,7 +204,7 @@ impl Daemon {
         self.books.open(&entry, false, &new, &self.programs);
         self.settle().await;
         let outcome = if entry.rule == before { Outcome::Unchanged } else { Outcome::Changed };
-        let mut warnings = self.keep_change(&entry.rule.name, change.save);
+        let mut warnings = self.keep_change(&entry.rule.name, change.save)?;
         if !change.save {
             warnings.extend(Self::reload_warning(&entry, "it is as written there again"));
         }
@@ -228,9 +234,16 @@ impl Daemon {
         if removal.save {
             self.check_saving(Some(&removal.name))?;
         }
+        if let Some(parked) = self.take_parked(&removal.name) {
+            let warnings = self.remember().into_iter().collect();
+            return self.outcome(Outcome::Removed, &parked, warnings);
+        }
+        if let Some(saved) = self.take_saved(removal)? {
+            return self.outcome(Outcome::Removed, &saved, Vec::new());
+        }
         let entry = self.state.remove(&removal.name)?;
         self.settle().await;
-        let mut warnings = self.keep_change(&entry.rule.name, removal.save);
+        let mut warnings = self.keep_change(&entry.rule.name, removal.save)?;
         if !removal.save {
             warnings.extend(Self::reload_warning(&entry, "it comes back"));
         }
@@ -284,6 +297,16 @@ impl Daemon {
         LogLevelInfo { schema: SCHEMA, level: self.log.level().as_str().to_owned() }
     }
 
+    /// Logs so much from now on, the workers too.
+    pub async fn change_log_level(&mut self, level: settings::LogLevel) {
+        self.settings.log_level = level;
+        self.log.set_level(level);
+        for worker in self.workers.values_mut() {
+            // A worker that cannot be told is about to be restarted, with the new level.
+            let _ = worker.set_log_level(level.as_str()).await;
+        }
+    }
+
     async fn set_log_level(&mut self, asked: &LogLevel) -> Answer {
         let level: settings::LogLevel = clap::ValueEnum::from_str(&asked.level, false).map_err(|_| {
             Error::refused(format!(
@@ -291,11 +314,7 @@ impl Daemon {
                 asked.level
             ))
         })?;
-        self.log.set_level(level);
-        for worker in self.workers.values_mut() {
-            // A worker that cannot be told is about to be restarted, with the new level.
-            let _ = worker.set_log_level(level.as_str()).await;
-        }
+        self.change_log_level(level).await;
         json(&self.log_level())
     }
 }

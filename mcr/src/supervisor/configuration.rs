@@ -10,14 +10,14 @@ use nix::unistd::{AccessFlags, access, geteuid};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use super::{Launch, commands::Answer, run::Daemon, settings::Settings, state::Problem};
+use super::{Launch, commands::Answer, journal::Memory, run::Daemon, settings::Settings, state::Problem};
 use crate::{
     api::wire::{
-        ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, Error, LoadOutcome, RuleDifference, RuleSpec,
-        SCHEMA, SettingDifference,
+        ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, Error, LoadOutcome, RuleDifference, RuleRemoval,
+        RuleSpec, SCHEMA, SettingDifference,
     },
-    config::{self, Config, Source},
-    rule::{DatapathChoice, Origin, Place, Rule, RuleName},
+    config::{self, Config, Source, options::Options},
+    rule::{Origin, Rule, RuleName, RuleSlot},
     ruleset::{Entry, Plan, RuleSet},
     supervisor::commands::{json, refused},
     sys::whole_file,
@@ -37,7 +37,24 @@ pub struct Configuration {
     pub unconfirmed: Option<Unconfirmed>,
     /// Why the last reload came to nothing, if it did.
     pub refused: Option<String>,
+    /// The daemon's own files as they were loaded and confirmed last.
+    confirmed: Vec<Source>,
+    /// Those files as they were loaded last, if it was these.
+    loaded: Vec<Source>,
+    /// What stands in those files now was never confirmed.
+    pub stray: bool,
+    /// Rules that were added by command and cannot stand any more, with the reason.
+    pub parked: Vec<(RuleSpec, String)>,
 }
+
+impl Configuration {
+    pub fn new(launch: Launch) -> Self {
+        Self { confirmed: launch.sources.clone(), launch, ..Self::default() }
+    }
+}
+
+/// Of a rule that does not run.
+const NO_SLOT: RuleSlot = RuleSlot(u32::MAX);
 
 /// A rule as it is said to the daemon.
 pub fn spec(rule: &Rule) -> RuleSpec {
@@ -45,7 +62,7 @@ pub fn spec(rule: &Rule) -> RuleSpec {
         name: Some(rule.name.to_string()),
         input: rule.input.to_string(),
         outputs: rule.outputs.iter().map(ToString::to_string).collect(),
-        datapath: rule.datapath.to_string(),
+        datapath: Some(rule.datapath.to_string()),
         merge: rule.merge,
         link_local: rule.link_local,
         save: false,
@@ -53,22 +70,31 @@ pub fn spec(rule: &Rule) -> RuleSpec {
 }
 
 impl Daemon {
-    /// Rules of a configuration, with the daemon's datapath where they name none.
-    fn rules_of(config: Config, datapath: DatapathChoice) -> Vec<(Rule, Place)> {
-        let choose = |mut rule: Rule| {
-            if rule.datapath.0.is_none() {
-                rule.datapath = datapath;
-            }
-            rule
-        };
-        config.rules.into_iter().map(|(rule, place)| (choose(rule), place)).collect()
+    /// Takes in the rules that the daemon is started with. What cannot be served waits or has failed, and says so.
+    ///
+    /// `confirmed` is what to start from if nobody confirmed what the files hold now.
+    pub fn load_first(&mut self, config: Config, confirmed: Option<Vec<Source>>) -> anyhow::Result<()> {
+        let mut rules = config.rules;
+        let file = self.configuration.launch.file.clone();
+        if let (Some(confirmed), Some(file)) = (confirmed, file)
+            && confirmed != self.configuration.launch.sources
+            && let Ok(config) = config::read(&confirmed, &self.runs())
+        {
+            warn!(
+                "{} holds a load that nobody confirmed: started from what was confirmed last",
+                file.display()
+            );
+            rules = config.rules;
+            self.configuration.confirmed = confirmed;
+            self.configuration.stray = true;
+        }
+        self.adopt(self.state.rules().reload(rules)?.rules);
+        Ok(())
     }
 
-    /// Takes in the rules that the daemon is started with. What cannot be served waits or has failed, and says so.
-    pub fn load_first(&mut self, config: Config) -> anyhow::Result<()> {
-        let wanted = Self::rules_of(config, self.settings.datapath);
-        self.adopt(self.state.rules().reload(wanted)?.rules);
-        Ok(())
+    /// The options that bear on what rules may stand.
+    fn runs(&self) -> Options {
+        Options::of_rules(self.settings.max_rules, self.settings.datapath)
     }
 
     /// Puts other rules in the place of those that there are, and opens the books of what is new in them.
@@ -123,10 +149,11 @@ impl Daemon {
         dry_run: bool,
         confirm_within_s: Option<u32>,
     ) -> Result<ConfigOutcome, Error> {
-        let config =
-            config::read(sources).map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
-        let settings = Settings::from(self.configuration.launch.options.clone().or(config.options.clone()));
-        let reload = self.state.rules().reload(Self::rules_of(config, settings.datapath)).map_err(refused)?;
+        let said = self.configuration.launch.options.clone();
+        let config = config::read(sources, &said.clone().with_max_rules(self.settings.max_rules))
+            .map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
+        let settings = Settings::from(said.or(config.options));
+        let reload = self.state.rules().reload(config.rules).map_err(refused)?;
         let mut outcome = self.planned(&reload.plan, &reload.rules, &settings);
         if dry_run {
             return Ok(outcome);
@@ -142,7 +169,7 @@ impl Daemon {
         }
         self.adopt(reload.rules);
         self.settle().await;
-        self.apply_settings(&settings);
+        self.apply_settings(&settings).await;
         let nothing = reload.plan.is_empty() && outcome.settings.iter().all(|setting| setting.needs_restart);
         outcome.outcome = if nothing { LoadOutcome::Unchanged } else { LoadOutcome::Applied };
         if let Some(seconds) = confirm_within_s.filter(|_| !nothing) {
@@ -151,8 +178,17 @@ impl Daemon {
             self.configuration.unconfirmed = Some(Unconfirmed { until, rules, settings });
             outcome.confirm_within_s = Some(seconds);
         }
+        let own = sources.first().is_some_and(|source| self.is_own_file(&source.file));
+        if self.configuration.unconfirmed.is_some() {
+            self.configuration.stray |= own;
+        } else if own {
+            self.configuration.confirmed = sources.to_vec();
+            self.configuration.stray = false;
+        }
+        self.configuration.loaded = if own { sources.to_vec() } else { Vec::new() };
         self.configuration.refused = None;
         say(&reload.plan);
+        self.park().await;
         outcome.warnings.extend(self.remember());
         let waiting = self.waiting_of(&reload.plan);
         if waiting > 0 {
@@ -191,16 +227,51 @@ impl Daemon {
                 })
                 .collect(),
             confirm_within_s: None,
-            warnings: other_source(source, rules).into_iter().collect(),
+            warnings: self.other_source(source, rules).into_iter().collect(),
         }
     }
 
+    /// Says that what is loaded is not what the next start reads.
+    fn other_source(&self, file: Option<&Path>, rules: &RuleSet) -> Option<String> {
+        let mut places = rules.iter().filter_map(|entry| match &entry.origin {
+            Origin::File(place) => Some(Path::new(&*place.file)),
+            Origin::Cli => None,
+        });
+        let Some(file) = file else {
+            let why = "the daemon was started without --config: the next start knows nothing of these rules";
+            return places.next().map(|_| why.to_owned());
+        };
+        let directory = config::own_fragment(file).parent().map(Path::to_owned).unwrap_or_default();
+        let own = |place: &Path| {
+            place.starts_with(&directory) || place.to_str().is_some_and(|place| self.is_own_file(place))
+        };
+        let foreign = places.find(|place| !own(place))?;
+        Some(format!(
+            "these rules are of {}, and the next start or SIGHUP reads {}",
+            foreign.display(),
+            file.display()
+        ))
+    }
+
     /// Takes over what can be changed while the daemon runs.
-    fn apply_settings(&mut self, settings: &Settings) {
+    async fn apply_settings(&mut self, settings: &Settings) {
         self.settings.datapath = settings.datapath;
         if self.settings.log_level != settings.log_level {
-            self.settings.log_level = settings.log_level;
-            self.log.set_level(settings.log_level);
+            self.change_log_level(settings.log_level).await;
+        }
+    }
+
+    fn is_own_file(&self, file: &str) -> bool {
+        let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        self.configuration.launch.file.as_deref().is_some_and(|own| real(own) == real(Path::new(file)))
+    }
+
+    /// Tries once more what could not stand.
+    async fn park(&mut self) {
+        let parked = std::mem::take(&mut self.configuration.parked);
+        let specs: Vec<_> = parked.into_iter().map(|(spec, _)| spec).collect();
+        if self.recall(specs) > 0 {
+            self.settle().await;
         }
     }
 
@@ -235,8 +306,13 @@ impl Daemon {
             return Err(Error::refused("no load waits to be confirmed: it has been, or its time is over"));
         };
         info!("the load is confirmed");
+        if !self.configuration.loaded.is_empty() {
+            self.configuration.confirmed = std::mem::take(&mut self.configuration.loaded);
+            self.configuration.stray = false;
+        }
+        self.configuration.refused = None;
         let warnings = self.remember();
-        self.ended(LoadOutcome::Confirmed, warnings)
+        self.ended(LoadOutcome::Confirmed, warnings.into_iter().collect())
     }
 
     pub async fn roll_back(&mut self) -> Answer {
@@ -245,15 +321,22 @@ impl Daemon {
         };
         self.adopt(unconfirmed.rules);
         self.settle().await;
-        self.apply_settings(&unconfirmed.settings);
+        self.apply_settings(&unconfirmed.settings).await;
+        self.configuration.refused = None;
         warn!("the load is taken back: what ran before runs again");
-        let warnings = self.remember();
-        self.ended(LoadOutcome::RolledBack, warnings)
+        let warnings = self.remember().into_iter().chain(self.stray());
+        self.ended(LoadOutcome::RolledBack, warnings.collect())
     }
 
-    fn ended(&self, outcome: LoadOutcome, warnings: Option<String>) -> Answer {
+    /// What to say while the daemon's own files hold what was never confirmed.
+    pub fn stray(&self) -> Option<String> {
+        let file = self.configuration.launch.file.as_deref().filter(|_| self.configuration.stray)?;
+        let what = "holds a load that nobody confirmed: SIGHUP would apply it, a start would not";
+        Some(format!("{} {what}", file.display()))
+    }
+
+    fn ended(&self, outcome: LoadOutcome, warnings: Vec<String>) -> Answer {
         let rules = self.state.rules();
-        let warnings = warnings.into_iter().collect();
         json(&ConfigOutcome { outcome, warnings, ..self.planned(&Plan::default(), rules, &self.settings) })
     }
 
@@ -261,46 +344,52 @@ impl Daemon {
     ///
     /// A load that waits to be confirmed is not written down: a daemon that dies then has what ran before.
     pub fn remember(&mut self) -> Option<String> {
-        if self.configuration.unconfirmed.is_some() {
-            return None;
-        }
-        let by_command = self.state.rules().iter().filter(|entry| entry.origin == Origin::Cli);
-        let memory = super::journal::Memory {
+        let unconfirmed = self.configuration.unconfirmed.as_ref();
+        let rules = unconfirmed.map_or(self.state.rules(), |unconfirmed| &unconfirmed.rules);
+        let by_command =
+            rules.iter().filter(|entry| entry.origin == Origin::Cli).map(|entry| spec(&entry.rule));
+        let parked = self.configuration.parked.iter().map(|(spec, _)| spec.clone());
+        let memory = Memory {
             source_port: self.settings.source_port.is_none().then_some(self.source_port),
-            rules: by_command.map(|entry| spec(&entry.rule)).collect(),
+            rules: by_command.chain(parked).collect(),
+            confirmed: self.configuration.stray.then(|| self.configuration.confirmed.clone()),
         };
         let failure = self.journal.keep(&memory).err().map(|error| {
             let path = self.journal.path().display();
             format!("rules that are added by command would not survive the daemon: {path} cannot be written: {error}")
         });
-        if let Some(failure) = &failure {
+        if let Some(failure) = failure.as_ref().filter(|_| failure != self.journal_failure) {
             warn!("{failure}");
         }
         self.journal_failure.clone_from(&failure);
         failure
     }
 
-    /// Takes in the rules that a daemon before was given by command.
-    pub fn recall(&mut self, rules: &[RuleSpec]) {
+    /// Takes in rules that a daemon before was given by command, and answers how many. What cannot stand is kept.
+    pub fn recall(&mut self, rules: Vec<RuleSpec>) -> usize {
+        let mut taken = 0;
         for spec in rules {
-            let added = self.read_rule(spec).and_then(|rule| {
+            let added = self.read_rule(&spec).and_then(|rule| {
                 let name = rule.name.clone();
                 self.state.add(rule, Origin::Cli).map_err(|refusal| self.refusal(&refusal))?;
-                Ok(name)
+                Ok(self.state.rules().get(name.as_str())?.clone())
             });
-            match added.and_then(|name| Ok(self.state.rules().get(name.as_str())?.clone())) {
-                Ok(entry) => self.books.open(&entry, true, &entry.output_slots, &self.programs),
-                Err(why) => warn!(
-                    "a rule that was added by command cannot stand any more and is gone: {why}; it was `mcr rule add {} --in {} --out {}`",
-                    spec.name.as_deref().unwrap_or_default(),
-                    spec.input,
-                    spec.outputs.join(" --out "),
-                ),
+            match added {
+                Ok(entry) => {
+                    self.books.open(&entry, true, &entry.output_slots, &self.programs);
+                    taken += 1;
+                }
+                Err(why) => {
+                    let name = spec.name.as_deref().unwrap_or_default();
+                    warn!("rule '{name}', which was added by command, cannot stand now: {why}");
+                    self.configuration.parked.push((spec, why.to_string()));
+                }
             }
         }
-        if !rules.is_empty() {
-            info!(rules = rules.len(), "rules that were added by command are taken over from the journal");
+        if taken > 0 {
+            info!(rules = taken, "rules that were added by command are taken over");
         }
+        taken
     }
 
     /// The file that rules are saved in.
@@ -328,7 +417,7 @@ impl Daemon {
         if let Some(name) = name {
             self.check_ours(name)?;
         }
-        saved_rules(&fragment)?;
+        self.saved_rules(&fragment)?;
         let directory = fragment.parent().unwrap_or(Path::new("/"));
         let there = directory.ancestors().find(|path| path.exists()).unwrap_or(directory);
         access(there, AccessFlags::W_OK | AccessFlags::X_OK).map_err(|errno| {
@@ -342,7 +431,7 @@ impl Daemon {
     /// Writes a change of rules into mcr's own fragment: those that stand as they are, others out of it.
     pub fn save(&mut self, names: &[RuleName]) -> Result<PathBuf, Error> {
         let fragment = self.fragment()?;
-        let mut saved = saved_rules(&fragment)?;
+        let mut saved = self.saved_rules(&fragment)?;
         for name in names {
             saved.retain(|rule| rule.name != *name);
             if let Ok(entry) = self.state.rules().get(name.as_str()) {
@@ -350,17 +439,18 @@ impl Daemon {
             }
         }
         saved.sort_by(|one, other| one.name.cmp(&other.name));
-        let text = config::fragment(saved.iter());
+        let text = config::fragment(saved.iter(), self.settings.datapath);
         let failed = |error: std::io::Error| {
             Error::refused(format!("{} cannot be written: {error}", fragment.display()))
         };
         if let Some(directory) = fragment.parent() {
             std::fs::create_dir_all(directory).map_err(failed)?;
         }
-        whole_file::write(&fragment, text.as_bytes(), 0o644).map_err(failed)?;
+        whole_file::write(&fragment, text.as_bytes()).map_err(failed)?;
         let source = Source { file: fragment.display().to_string(), text };
         // What was read and written here is read again for its lines alone.
-        let places = config::read_fragment(&source).map(|config| config.rules).unwrap_or_default();
+        let places =
+            config::read_fragment(&source, &self.runs()).map(|config| config.rules).unwrap_or_default();
         for (rule, place) in places {
             let runs = self.state.rules().get(rule.name.as_str()).is_ok_and(|entry| entry.rule == rule);
             if runs {
@@ -371,14 +461,52 @@ impl Daemon {
         Ok(fragment)
     }
 
+    /// The rules that mcr's own fragment holds.
+    pub fn saved_rules(&self, fragment: &Path) -> Result<Vec<Rule>, Error> {
+        let text = match std::fs::read_to_string(fragment) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => {
+                return Err(Error::refused(format!("{} cannot be read: {error}", fragment.display())));
+            }
+        };
+        let config =
+            config::read_fragment(&Source { file: fragment.display().to_string(), text }, &self.runs());
+        let config = config.map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
+        Ok(config.rules.into_iter().map(|(rule, _)| rule).collect())
+    }
+
     pub fn save_all(&mut self) -> Answer {
         self.check_confirmed()?;
         self.check_saving(None)?;
         let by_command = self.state.rules().iter().filter(|entry| entry.origin == Origin::Cli);
         let names: Vec<_> = by_command.map(|entry| entry.rule.name.clone()).collect();
-        let file = self.save(&names)?.display().to_string();
+        let file = if names.is_empty() { self.fragment()? } else { self.save(&names)? };
+        let file = file.display().to_string();
         self.remember();
         json(&ConfigSaved { schema: SCHEMA, file, saved: names.iter().map(ToString::to_string).collect() })
+    }
+
+    /// Forgets a rule that cannot stand and is kept nevertheless.
+    pub fn take_parked(&mut self, name: &str) -> Option<Entry> {
+        let at = self.configuration.parked.iter().position(|(spec, _)| spec.name.as_deref() == Some(name))?;
+        let (spec, _) = self.configuration.parked.remove(at);
+        let rule = self.read_rule(&spec).ok()?;
+        Some(Entry { rule, origin: Origin::Cli, slot: NO_SLOT, output_slots: Vec::new() })
+    }
+
+    /// Takes a rule that does not run out of what was saved, if it stands there.
+    pub fn take_saved(&mut self, removal: &RuleRemoval) -> Result<Option<Entry>, Error> {
+        let runs = self.state.rules().get(&removal.name).is_ok();
+        let Some(file) = self.configuration.launch.file.as_deref().filter(|_| removal.save && !runs) else {
+            return Ok(None);
+        };
+        let saved = self.saved_rules(&config::own_fragment(file))?;
+        let Some(rule) = saved.into_iter().find(|rule| rule.name.as_str() == removal.name) else {
+            return Ok(None);
+        };
+        self.save(std::slice::from_ref(&rule.name))?;
+        Ok(Some(Entry { rule, origin: Origin::Cli, slot: NO_SLOT, output_slots: Vec::new() }))
     }
 
     /// What an operator who changes a rule from a file should know.
@@ -406,37 +534,6 @@ fn say(plan: &Plan) {
         unchanged = plan.unchanged,
         "configuration loaded"
     );
-}
-
-/// The rules that mcr's own fragment holds.
-fn saved_rules(fragment: &Path) -> Result<Vec<Rule>, Error> {
-    let text = match std::fs::read_to_string(fragment) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::refused(format!("{} cannot be read: {error}", fragment.display()))),
-    };
-    let config = config::read_fragment(&Source { file: fragment.display().to_string(), text });
-    let config = config.map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
-    Ok(config.rules.into_iter().map(|(rule, _)| rule).collect())
-}
-
-/// Says that what is loaded is not what the next start reads.
-fn other_source(file: Option<&Path>, rules: &RuleSet) -> Option<String> {
-    let mut places = rules.iter().filter_map(|entry| match &entry.origin {
-        Origin::File(place) => Some(Path::new(&*place.file)),
-        Origin::Cli => None,
-    });
-    let Some(file) = file else {
-        let why = "the daemon was started without --config: the next start knows nothing of these rules";
-        return places.next().map(|_| why.to_owned());
-    };
-    let directory = config::own_fragment(file).parent().map(Path::to_owned).unwrap_or_default();
-    let foreign = places.find(|place| *place != file && !place.starts_with(&directory))?;
-    Some(format!(
-        "these rules are of {}, and the next start or SIGHUP reads {}",
-        foreign.display(),
-        file.display()
-    ))
 }
 
 /// When a load that waits to be confirmed is taken back.

@@ -3,7 +3,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::{api::wire::RuleSpec, sys::whole_file};
+use crate::{api::wire::RuleSpec, config::Source, sys::whole_file};
 
 /// What is remembered.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +21,9 @@ pub struct Memory {
     /// The source port, if the daemon chose it.
     pub source_port: Option<u16>,
     pub rules: Vec<RuleSpec>,
+    /// The files as they were confirmed last, while those on the disk hold a load that nobody confirmed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirmed: Option<Vec<Source>>,
 }
 
 /// The first word of a journal, with the version of its form.
@@ -33,6 +36,8 @@ enum Torn {
     Checksum,
     #[error("its form is another version's")]
     Form,
+    #[error("it is user {0}'s, in a directory where all may write")]
+    Foreign(u32),
     #[error("it cannot be read: {0}")]
     Io(#[from] io::Error),
 }
@@ -74,7 +79,7 @@ impl Journal {
     pub fn keep(&mut self, memory: &Memory) -> io::Result<()> {
         let bytes = text(memory, &boot_id())?;
         if self.written.as_deref() != Some(&bytes[..]) {
-            whole_file::write(&self.path, &bytes, 0o640)?;
+            whole_file::replace(&self.path, &bytes, 0o640)?;
             self.written = Some(bytes);
         }
         Ok(())
@@ -83,6 +88,15 @@ impl Journal {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Whether a file beside the socket can be what a daemon left.
+pub fn ours(path: &Path, metadata: &fs::Metadata) -> bool {
+    let for_all =
+        |directory: &Path| fs::metadata(directory).is_ok_and(|metadata| metadata.mode() & 0o002 != 0);
+    let one_of_us = [0, nix::unistd::geteuid().as_raw()].contains(&metadata.uid());
+    let closed = path.parent().is_some_and(|directory| !for_all(directory));
+    metadata.is_file() && metadata.nlink() == 1 && metadata.mode() & 0o022 == 0 && (one_of_us || closed)
 }
 
 /// `MAGIC SHA256 BOOT-ID` and a line of JSON; the sum is of what follows it.
@@ -95,8 +109,14 @@ fn sum(text: &str) -> String {
     Sha256::digest(text).iter().fold(String::new(), |sum, byte| sum + &format!("{byte:02x}"))
 }
 
-/// What stands in a journal; none if there is no journal.
+/// What stands in a journal; none if there is no journal. In a directory that is not for all to write to, whoever put it
+/// there could.
 fn read(path: &Path) -> Result<Option<Memory>, Torn> {
+    if let Ok(metadata) = fs::symlink_metadata(path)
+        && !ours(path, &metadata)
+    {
+        return Err(Torn::Foreign(metadata.uid()));
+    }
     let open = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
     let bytes = match open.and_then(|mut file| io::read_to_string(&mut file)) {
         Ok(text) => text,
@@ -153,7 +173,7 @@ mod tests {
             outputs: vec!["239.2.2.2:6000@eth1".to_owned()],
             ..RuleSpec::default()
         };
-        Memory { source_port: Some(40_000), rules: vec![rule] }
+        Memory { source_port: Some(40_000), rules: vec![rule], confirmed: None }
     }
 
     fn written() -> String {

@@ -10,7 +10,7 @@ mod configuration;
 mod devices;
 pub mod event;
 mod host;
-mod journal;
+pub mod journal;
 mod log;
 mod run;
 pub mod settings;
@@ -19,7 +19,7 @@ mod worker_process;
 
 use std::path::PathBuf;
 
-use crate::config::{Config, options::Options};
+use crate::config::{Config, Source, options::Options};
 use settings::Settings;
 
 /// How a daemon was called.
@@ -27,7 +27,10 @@ use settings::Settings;
 pub struct Launch {
     /// What its command line says, which goes before what its files say.
     pub options: Options,
+    /// Absolute.
     pub file: Option<PathBuf>,
+    /// What stood in the file and its fragments.
+    pub sources: Vec<Source>,
 }
 
 /// Runs the daemon until it is told to stop, by a call, SIGTERM or SIGINT.

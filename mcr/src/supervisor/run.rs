@@ -169,7 +169,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         since: SystemTime::now(),
         workers: BTreeMap::new(),
         packet_sockets: BTreeMap::new(),
-        configuration: Configuration { launch, ..Configuration::default() },
+        configuration: Configuration::new(launch),
         journal,
         journal_failure: None,
         source_port: source_port.get(),
@@ -183,8 +183,8 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         stop: Arc::new(Notify::new()),
         settings,
     };
-    daemon.load_first(config)?;
-    daemon.recall(&memory.rules);
+    daemon.load_first(config, memory.confirmed)?;
+    daemon.recall(memory.rules);
     daemon.remember();
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -200,10 +200,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
 /// What the settings and this host give, or why they give too little.
 fn limits(settings: &Settings, object: &Object) -> anyhow::Result<Limits> {
     host::check_io_uring()?;
-    if let Some(rx_ring) = settings.rx_ring.filter(|places| *places > settings.frames) {
-        let frames = settings.frames;
-        anyhow::bail!("--rx-ring {rx_ring} has more places than there are frames: at most --frames {frames}");
-    }
+    settings.check().map_err(anyhow::Error::msg)?;
     let no_bpf = host::check_bpf(object).err().map(|error| format!("{error:#}"));
     let named = settings.datapath.0;
     match &no_bpf {
@@ -337,6 +334,9 @@ impl Daemon {
                     self.end_hung_workers();
                     self.check_ledger();
                     self.clear_socket_errors();
+                    if self.journal_failure.is_some() {
+                        self.remember();
+                    }
                     self.books.follow_redirected(&self.state, &self.programs);
                     self.books.sample(&self.state);
                     self.read_targets().await;

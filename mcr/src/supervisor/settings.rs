@@ -1,6 +1,10 @@
 //! What a daemon is started with.
 
-use std::{fmt, num::NonZeroU32, path::PathBuf};
+use std::{
+    fmt,
+    num::NonZeroU32,
+    path::{Path, PathBuf},
+};
 
 use clap::ValueEnum;
 use toml::Value;
@@ -51,8 +55,23 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// What of them contradicts one another, if anything does.
+    pub fn check(&self) -> Result<(), String> {
+        match self.rx_ring {
+            Some(places) if places > self.frames => Err(format!(
+                "--rx-ring {places} has more places than there are frames: at most --frames {}",
+                self.frames
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Each setting by its key in `[daemon]`, with its value as TOML unless it is left to the daemon.
     pub fn named(&self) -> [(&'static str, Option<String>); 17] {
+        let path = |path: &Path| {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            Some(Value::String(path.display().to_string()).to_string())
+        };
         let text = |text: &dyn fmt::Display| Some(Value::String(text.to_string()).to_string());
         let cpus = self.cpus.as_ref().map(|cpus| ranges(cpus));
         let format = self.log_format.to_possible_value().map(|value| value.get_name().to_owned());
@@ -64,14 +83,14 @@ impl Settings {
             ("busy_poll", self.busy_poll_us.map(|us| us.to_string())),
             ("frames", Some(self.frames.to_string())),
             ("rx_ring", self.rx_ring.map(|places| places.to_string())),
-            ("control", text(&self.control.display())),
+            ("control", path(&self.control)),
             ("group", self.group.as_ref().and_then(|group| text(group))),
             ("user", self.user.as_ref().and_then(|user| text(user))),
-            ("pin_root", text(&self.pin_root.display())),
+            ("pin_root", path(&self.pin_root)),
             ("source_port", self.source_port.map(|port| port.to_string())),
             ("max_rules", Some(self.max_rules.to_string())),
             ("stalled_after", Some(self.stalled_after_s.to_string())),
-            ("bpf_object", self.bpf_object.as_ref().and_then(|object| text(&object.display()))),
+            ("bpf_object", self.bpf_object.as_ref().and_then(|object| path(object))),
             ("log_format", format.and_then(|format| text(&format))),
             ("log_level", text(&self.log_level)),
         ]

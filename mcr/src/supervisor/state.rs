@@ -670,6 +670,11 @@ impl State {
         }
     }
 
+    /// Chunks of each UMEM.
+    pub fn frames(&self) -> u32 {
+        self.limits.frames
+    }
+
     /// What the kernel is to send on by itself of what comes in on an interface.
     fn wanted_outputs(&self, interface: &InterfaceName) -> Outputs {
         let xdp = self.prefers_xdp(interface);
@@ -715,13 +720,12 @@ impl State {
     fn plan_output_removals(&self, effects: &mut Vec<Effect>) {
         for (interface, outputs) in &self.actual.outputs {
             let wanted = if self.stopping { Outputs::new() } else { self.wanted_outputs(interface) };
-            let stands = |slot: &RuleSlot| {
-                self.rules.iter().any(|entry| entry.slot == *slot && entry.rule.input.interface == *interface)
-            };
-            let fed = |slot: &RuleSlot| {
-                let mut flows = self.actual.flows.get(interface).into_iter().flat_map(|flows| flows.values());
-                stands(slot) && flows.any(|flow| flow.rule == slot.0 && flow.action == action::REDIRECT)
-            };
+            let its = self.rules.iter().filter(|entry| entry.rule.input.interface == *interface);
+            let stand: BTreeSet<_> = its.map(|entry| entry.slot).collect();
+            let flows = self.actual.flows.get(interface).into_iter().flat_map(|flows| flows.values());
+            let redirected = flows.filter(|flow| flow.action == action::REDIRECT);
+            let redirected: BTreeSet<_> = redirected.map(|flow| RuleSlot(flow.rule)).collect();
+            let fed = |slot: &RuleSlot| stand.contains(slot) && redirected.contains(slot);
             let unused =
                 outputs.keys().filter(|slot| !wanted.contains_key(slot) && (self.stopping || !fed(slot)));
             let rules: Vec<_> = unused.copied().collect();
@@ -975,11 +979,13 @@ impl State {
         if !running.steered {
             effects.push(Effect::Steer { id: id.clone() });
         }
+        let removed = effects.iter().filter_map(|effect| match effect {
+            Effect::RemoveRule { id: of, slot } if of == id => Some(*slot),
+            _ => None,
+        });
+        let removed: BTreeSet<_> = removed.collect();
         // A rule that moves to another datapath is still relayed by this one.
-        let moving = |slot: &RuleSlot| {
-            let removed = Effect::RemoveRule { id: id.clone(), slot: *slot };
-            !slots.contains(slot) && !effects.contains(&removed)
-        };
+        let moving = |slot: &RuleSlot| !slots.contains(slot) && !removed.contains(slot);
         let outputs =
             running.rules.iter().filter(|(slot, _)| moving(slot)).flat_map(|(_, rule)| &rule.outputs);
         let kept: BTreeSet<_> = outputs.filter_map(|output| Some(output.route.ok()?.socket)).collect();

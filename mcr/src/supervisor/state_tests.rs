@@ -179,6 +179,7 @@ struct World {
 }
 
 impl World {
+    #[expect(clippy::too_many_lines, reason = "an arm an effect")]
     fn execute(&mut self, effect: &Effect) {
         match effect {
             Effect::Prepare { interface } => {

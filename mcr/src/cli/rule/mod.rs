@@ -134,7 +134,7 @@ impl Add {
             name: self.name.map(|name| canonical::<RuleName>(&name)).transpose()?,
             input: canonical::<Input>(&self.input)?,
             outputs: outputs(&self.outputs)?,
-            datapath: self.datapath.unwrap_or_default().to_string(),
+            datapath: self.datapath.map(|datapath| datapath.to_string()),
             merge: self.consent.merge,
             link_local: self.consent.link_local,
             save: self.consent.save,
