@@ -11,11 +11,13 @@ use crate::{
     cpu::RELAY_CPU,
     daemon::{Daemon, IN_PORT, OUT_PORT, group_in, group_out},
     programs,
-    site::{EGRESS, EGRESS_ADDRESS, INGRESS, SOURCE_ADDRESS, Site},
+    site::{EGRESS, EGRESS_ADDRESS, INGRESS, SINK, SOURCE_ADDRESS, Site},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum System {
+    /// Rules that the kernel serves by itself.
+    Redirect,
     AfXdp,
     AfPacket,
     /// A process for each output.
@@ -50,6 +52,7 @@ pub struct Running {
 impl System {
     pub fn name(self) -> &'static str {
         match self {
+            Self::Redirect => "redirect",
             Self::AfXdp => "af-xdp",
             Self::AfPacket => "af-packet",
             Self::Socat => "socat",
@@ -67,7 +70,7 @@ impl System {
     /// Where the first rule's datagrams arrive.
     pub fn destination(self) -> (Ipv4Addr, u16) {
         match self {
-            Self::AfXdp | Self::AfPacket | Self::Socat => (group_out(0, 0, 1), OUT_PORT),
+            Self::Redirect | Self::AfXdp | Self::AfPacket | Self::Socat => (group_out(0, 0, 1), OUT_PORT),
             Self::KernelRouting | Self::Ceiling | Self::NoRelay => (group_in(0), IN_PORT),
         }
     }
@@ -75,8 +78,12 @@ impl System {
     /// Starts it on the site's relay and waits until it is ready.
     pub fn start(self, bench: &Bench, site: &Site, work: Work) -> Result<Running> {
         let mut running = Running::default();
+        if self == Self::Redirect {
+            // A veth takes redirected frames while its other end has GRO, or a program as the sinks that count.
+            site.sink.output("ethtool", &["-K", SINK, "gro", "on"]);
+        }
         match self {
-            Self::AfXdp | Self::AfPacket => {
+            Self::Redirect | Self::AfXdp | Self::AfPacket => {
                 let daemon = Daemon::start(bench, site.relay(), self.name())?;
                 daemon.relay(bench, work.rules, work.outputs)?;
                 running.daemon = Some(daemon);

@@ -112,6 +112,14 @@ fn throughput() -> Vec<Target> {
     let streams = |variant, system| ("streams", variant, system, "delivered");
     let rules = |variant, system| ("rules", variant, system, "delivered");
     vec![
+        at_least("redirect 1:1 against the ceiling", delivered("redirect"), delivered("ceiling"), 0.75, 0.9),
+        at_least(
+            "redirect 1:4, outputs, against the ceiling's packets",
+            ("fanout", "1:4", "redirect", "delivered"),
+            delivered("ceiling"),
+            1.0,
+            1.3,
+        ),
         at_least("af-xdp 1:1 against socat", delivered("af-xdp"), delivered("socat"), 6.5, 9.0),
         at_least(
             "af-xdp 1:1 against kernel routing",
@@ -166,12 +174,26 @@ fn paced() -> Vec<Target> {
         Reading::Ratio(latency(slow, "af-xdp", "p50"), latency(slow, "socat", "p50")),
         Bound::AtMost(1.0),
     );
+    let to_routing = |metric, most| {
+        let routing = latency(slow, "kernel routing", metric);
+        Promise::of(Reading::Ratio(latency(slow, "redirect", metric), routing), Bound::AtMost(most))
+    };
     // At rates that the source reached.
     let none_lost = |case, variant, rate: f64, system| Promise {
         given: Some(((case, variant, system, "sent"), 0.98 * rate)),
         ..Promise::of(Reading::Figure((case, variant, system, "lost")), Bound::AtMost(0.0))
     };
     vec![
+        Target {
+            what: "redirect p50 at 10 k/s, to kernel routing's",
+            must: Some(to_routing("p50", 1.2)),
+            aim: Some(to_routing("p50", 1.0)),
+        },
+        Target {
+            what: "redirect p99 at 10 k/s, to kernel routing's",
+            must: Some(to_routing("p99", 1.2)),
+            aim: Some(to_routing("p99", 1.0)),
+        },
         Target {
             what: "af-xdp p50 at 10 k/s, to socat's; aim: over no relay",
             must: Some(below_socat),

@@ -17,7 +17,7 @@ use crate::{bench::Bench, figures::Figures};
 pub enum Case {
     /// 1:1 as fast as it goes, by payload
     Saturation,
-    /// 1:10 and 1:50
+    /// 1:4, 1:10 and 1:50
     Fanout,
     /// 1, 50 and 1,000 streams, each 1:1
     Streams,

@@ -25,8 +25,14 @@ use crate::{
 };
 
 /// What datagrams that are sent one by one go through, and what they are like without.
-pub const ONE_BY_ONE: [System; 5] =
-    [System::NoRelay, System::AfXdp, System::AfPacket, System::Socat, System::KernelRouting];
+pub const ONE_BY_ONE: [System; 6] = [
+    System::NoRelay,
+    System::Redirect,
+    System::AfXdp,
+    System::AfPacket,
+    System::Socat,
+    System::KernelRouting,
+];
 
 /// From sender to a UDP socket's arrival; source and receiver share a CPU.
 pub fn latency(bench: &Bench, figures: &mut Figures) -> Result<()> {

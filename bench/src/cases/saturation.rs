@@ -28,6 +28,7 @@ pub fn saturation(bench: &Bench, figures: &mut Figures) -> Result<()> {
             load: load(payload, 0, 1),
             work: Work::ONE,
             systems: &[
+                System::Redirect,
                 System::AfXdp,
                 System::AfPacket,
                 System::Socat,
@@ -41,15 +42,15 @@ pub fn saturation(bench: &Bench, figures: &mut Figures) -> Result<()> {
 
 /// One input, many outputs: counted are the datagrams that leave.
 pub fn fanout(bench: &Bench, figures: &mut Figures) -> Result<()> {
-    let variants = [10, 50].map(|outputs| Variant {
+    let variants = [4, 10, 50].map(|outputs| Variant {
         name: format!("1:{outputs}"),
         load: load(PAYLOAD, 0, 1),
         work: Work { rules: 1, outputs },
         // A process for each of fifty outputs is nothing that one would run.
-        systems: if outputs == 10 {
-            &[System::AfXdp, System::AfPacket, System::Socat]
-        } else {
-            &[System::AfXdp, System::AfPacket]
+        systems: match outputs {
+            4 => &[System::Redirect, System::AfXdp],
+            10 => &[System::Redirect, System::AfXdp, System::AfPacket, System::Socat],
+            _ => &[System::Redirect, System::AfXdp, System::AfPacket],
         },
     });
     compare(bench, "fanout", &variants, figures)
@@ -61,7 +62,7 @@ pub fn streams(bench: &Bench, figures: &mut Figures) -> Result<()> {
         name: streams.to_string(),
         load: load(PAYLOAD, 0, streams),
         work: Work { rules: streams, outputs: 1 },
-        systems: &[System::AfXdp, System::AfPacket, System::KernelRouting, System::Ceiling],
+        systems: &[System::Redirect, System::AfXdp, System::AfPacket, System::KernelRouting, System::Ceiling],
     });
     compare(bench, "streams", &variants, figures)
 }
@@ -72,7 +73,7 @@ pub fn rules(bench: &Bench, figures: &mut Figures) -> Result<()> {
         name: rules.to_string(),
         load: load(PAYLOAD, rules - 1, 1),
         work: Work { rules, outputs: 1 },
-        systems: &[System::AfXdp, System::AfPacket],
+        systems: &[System::Redirect, System::AfXdp, System::AfPacket],
     });
     compare(bench, "rules", &variants, figures)
 }
