@@ -1,5 +1,6 @@
 //! The system calls that no library of ours wraps, thin.
 
+pub mod bpf_object;
 pub mod channel;
 pub mod cpu_list;
 pub mod ethtool;
