@@ -132,7 +132,7 @@ pub enum Misfit {
     Elsewhere { interface: InterfaceName, index: IfIndex, found: IfIndex },
     #[error("it is not what runs on {interface} in this network namespace")]
     NotInPlace { interface: InterfaceName },
-    #[error("{path} is not of mcr: {what}")]
+    #[error("{path} does not belong to what is pinned beside it: {what}")]
     Foreign { path: PathBuf, what: String },
     #[error("it was pinned by an mcr with ABI version {found}, this one has {needed}")]
     Abi { found: u32, needed: u32 },
@@ -218,7 +218,12 @@ struct Pinned<'a> {
 impl<'a> Pinned<'a> {
     fn open(placement: &'a Placement<'a>) -> Result<Self, Misfit> {
         let interface = || placement.interface.clone();
-        let program = program(&placement.pins, PROGRAM, abi::PROGRAM)?;
+        let program = program(&placement.pins, PROGRAM)?;
+        // Names are no proof, and need more than the documented capabilities to be given.
+        if !program.maps.contains(&map_info(&placement.pins, map::FLOWS_V4)?.id) {
+            let what = format!("it does not use {}", map::FLOWS_V4);
+            return Err(Misfit::Foreign { path: placement.pins.join(PROGRAM), what });
+        }
         let path = placement.pins.join(LINK);
         let link = open(&path, Kind::Link)
             .and_then(|link| bpf_object::link(link).map_err(|error| unopened(&path, &error)))?;
@@ -252,7 +257,7 @@ impl<'a> Pinned<'a> {
         let mut used = self.program.maps.clone();
         let redirects = pins.join(REWRITE).exists();
         if redirects {
-            used.extend(program(pins, REWRITE, abi::REWRITE)?.maps);
+            used.extend(program(pins, REWRITE)?.maps);
         }
         for name in MAPS {
             let map = maps.get(name).ok_or_else(|| load(format!("it has no map {name}")))?;
@@ -261,7 +266,7 @@ impl<'a> Pinned<'a> {
             let id = self.check_map(name, Shape { entries, ..made })?;
             // Chains are the egress program's alone.
             if !used.contains(&id) && (redirects || name != map::CHAINS) {
-                let what = "the programs beside it use another".to_owned();
+                let what = "the programs use another".to_owned();
                 return Err(Misfit::Foreign { path: pins.join(name), what });
             }
         }
@@ -271,9 +276,7 @@ impl<'a> Pinned<'a> {
 
     /// The id of a map that has a shape.
     fn check_map(&self, name: &'static str, needed: Shape) -> Result<u32, Misfit> {
-        let path = self.placement.pins.join(name);
-        let info = open(&path, Kind::Map)
-            .and_then(|map| bpf_object::map(map).map_err(|error| unopened(&path, &error)))?;
+        let info = map_info(&self.placement.pins, name)?;
         let found = Shape::from(info);
         if found == needed { Ok(info.id) } else { Err(Misfit::Shape { map: name, found, needed }) }
     }
@@ -282,7 +285,7 @@ impl<'a> Pinned<'a> {
         let Self { placement, program } = self;
         let mut steering = Steering::reopen(object, placement)?;
         let sets = steering.redirect.adopt()?;
-        let rewrite = self::program(&placement.pins, REWRITE, abi::REWRITE);
+        let rewrite = self::program(&placement.pins, REWRITE);
         let mut former_rewrite = false;
         if !sets.is_empty() {
             former_rewrite = tag(&mut steering, abi::REWRITE)? != rewrite?.tag;
@@ -314,15 +317,16 @@ fn unopened(path: &Path, error: &io::Error) -> Misfit {
     Misfit::Open { path: path.to_owned(), why: error.to_string() }
 }
 
-/// A pinned program that bears a name of ours.
-fn program(pins: &Path, pin: &str, name: &str) -> Result<Program, Misfit> {
+fn program(pins: &Path, pin: &str) -> Result<Program, Misfit> {
     let path = pins.join(pin);
-    let found = bpf_object::program(open(&path, Kind::Program)?).map_err(|error| unopened(&path, &error))?;
-    if found.name == name {
-        Ok(found)
-    } else {
-        Err(Misfit::Foreign { path, what: format!("its program is {}", found.name) })
-    }
+    let program = open(&path, Kind::Program)?;
+    bpf_object::program(program).map_err(|error| unopened(&path, &error))
+}
+
+fn map_info(pins: &Path, name: &str) -> Result<MapInfo, Misfit> {
+    let path = pins.join(name);
+    let map = open(&path, Kind::Map)?;
+    bpf_object::map(map).map_err(|error| unopened(&path, &error))
 }
 
 fn read_mark(pins: &Path, mark: u32) -> Option<u32> {

@@ -22,11 +22,12 @@ pub enum Kind {
 }
 
 impl Kind {
-    fn name(self) -> &'static str {
+    /// Kernels differ in how they write the last.
+    fn names(self) -> [&'static str; 2] {
         match self {
-            Self::Map => "anon_inode:bpf-map",
-            Self::Program => "anon_inode:bpf-prog",
-            Self::Link => "anon_inode:bpf_link",
+            Self::Map => ["bpf-map"; 2],
+            Self::Program => ["bpf-prog"; 2],
+            Self::Link => ["bpf-link", "bpf_link"],
         }
     }
 }
@@ -64,7 +65,6 @@ impl LinkInfo {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Program {
     pub id: u32,
-    pub name: String,
     /// A digest of its instructions.
     pub tag: [u8; 8],
     pub maps: Vec<u32>,
@@ -83,7 +83,6 @@ struct ProgramInfo {
     uid: u32,
     map_count: u32,
     maps: u64,
-    name: [u8; 16],
 }
 
 /// Opens what is pinned at a path. What is of another kind is `InvalidData`.
@@ -94,11 +93,11 @@ pub fn open(path: &Path, kind: Kind) -> io::Result<OwnedFd> {
     // SAFETY: the kernel has just made this descriptor for the caller alone.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let found = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-    if found.as_os_str() == kind.name() {
+    let found = found.display().to_string();
+    let found = found.strip_prefix("anon_inode:").unwrap_or(&found);
+    if kind.names().contains(&found) {
         Ok(fd)
     } else {
-        let found = found.display().to_string();
-        let found = found.strip_prefix("anon_inode:").unwrap_or(&found);
         Err(io::Error::new(io::ErrorKind::InvalidData, format!("a {found} is pinned there")))
     }
 }
@@ -125,8 +124,7 @@ pub fn program(program: impl AsFd) -> io::Result<Program> {
         ..ProgramInfo::default()
     };
     info(&program, &mut answer)?;
-    let name = answer.name.split(|byte| *byte == 0).next().unwrap_or_default();
-    Ok(Program { id: answer.id, name: String::from_utf8_lossy(name).into_owned(), tag: answer.tag, maps })
+    Ok(Program { id: answer.id, tag: answer.tag, maps })
 }
 
 /// `union bpf_attr` for `BPF_OBJ_GET_INFO_BY_FD`.
