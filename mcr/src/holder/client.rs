@@ -51,7 +51,7 @@ impl Holder {
     ///
     /// # Errors
     ///
-    /// `PermissionDenied` if the socket is another user's, `WouldBlock` if the holder does not answer.
+    /// `PermissionDenied` if the socket is another user's, `TimedOut` if the holder does not answer.
     pub fn find(pin_root: &Path) -> io::Result<Option<(Self, Held)>> {
         let socket = seqpacket()?;
         match connect(socket.as_raw_fd(), &address(pin_root)?) {
@@ -149,7 +149,7 @@ impl Holder {
         let mut held = Held::default();
         let mut buffer = vec![0; MAX_PACKET_BYTES];
         loop {
-            let (len, fds) = channel::receive(&self.socket, &mut buffer)?;
+            let (len, fds) = channel::receive(&self.socket, &mut buffer).map_err(silent)?;
             if len == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -165,6 +165,17 @@ impl Holder {
 
     fn ask(&self, ask: &Ask, fds: &[&OwnedFd]) -> io::Result<()> {
         channel::send(&self.socket, &serde_json::to_vec(ask)?, fds)
+    }
+}
+
+/// Says what no answer means.
+fn silent(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("the holder of memberships does not answer within {PATIENCE_S} s"),
+        ),
+        _ => error,
     }
 }
 

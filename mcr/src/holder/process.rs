@@ -17,7 +17,7 @@ use nix::{
 
 use super::{Answer, Ask, MAX_PACKET_BYTES, MEMBERSHIPS_AT_ONCE, Noted};
 use crate::{
-    sys::{channel, privileges, seccomp},
+    sys::{channel, inherited, privileges, seccomp},
     worker::ignore_signals,
 };
 
@@ -41,6 +41,7 @@ struct Holder {
 /// What kept it from starting. Nothing a daemon says ends it but the word to.
 pub fn run() -> anyhow::Result<()> {
     let _ = nix::sys::prctl::set_name(c"mcr-hold");
+    inherited::close().context("the holder cannot close what it inherited")?;
     setsid().context("the holder cannot have a session of its own")?;
     ignore_signals()?;
     let owner = geteuid();

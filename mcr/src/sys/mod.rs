@@ -4,6 +4,7 @@ pub mod bpf_object;
 pub mod channel;
 pub mod cpu_list;
 pub mod ethtool;
+pub mod inherited;
 pub mod map_batch;
 pub mod multicast;
 pub mod netdev;
