@@ -65,8 +65,12 @@ impl Holder {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
         let holder = Self { socket, child: None };
-        let held = holder.take()?;
-        Ok(Some((holder, held)))
+        match holder.take() {
+            Ok(held) => Ok(Some((holder, held))),
+            // It held nothing any more, and has ended.
+            Err(error) if is_end(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Starts a holder in this network namespace. `program` is mcr.
@@ -166,6 +170,12 @@ impl Holder {
     fn ask(&self, ask: &Ask, fds: &[&OwnedFd]) -> io::Result<()> {
         channel::send(&self.socket, &serde_json::to_vec(ask)?, fds)
     }
+}
+
+/// Whether the other end is gone.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 /// Says what no answer means.

@@ -66,6 +66,7 @@ pub fn run() -> anyhow::Result<()> {
         let calls = fds[0].any().unwrap_or_default();
         let speaks = fds.get(1).is_some_and(|fd| fd.any().unwrap_or_default());
         if let Some(socket) = daemon.take_if(|_| speaks) {
+            // All that a daemon has said counts, also when it is dead and the next one calls.
             match holder.serve(&socket, &mut buffer) {
                 Ok(Next::Stay) => daemon = Some(socket),
                 Ok(Next::Leave) if holder.sockets.is_empty() => return Ok(()),
@@ -74,7 +75,10 @@ pub fn run() -> anyhow::Result<()> {
                 Ok(Next::Leave) | Err(_) => {}
             }
         }
-        if calls && let Some(caller) = accept(listener.as_fd().as_raw_fd(), owner) {
+        if calls
+            && !speaks
+            && let Some(caller) = accept(listener.as_fd().as_raw_fd(), owner)
+        {
             // There is one daemon: who called before is dead.
             daemon = Some(caller);
         }
