@@ -1,8 +1,9 @@
 //! The eBPF object: load, attach, pin, fill maps, read counters. The only user of aya.
 //!
-//! [`Steering`] is what one interface has in the kernel, and [`redirect`] the part of it that serves rules without a
-//! worker.
+//! [`Steering`] is what one interface has in the kernel, [`redirect`] the part of it that serves rules without a worker, and
+//! [`Adopted`] what a daemon finds of it that goes on.
 
+mod pinned;
 pub mod redirect;
 mod steering;
 
@@ -22,6 +23,7 @@ use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use thiserror::Error;
 
 pub use self::{
+    pinned::{Adopted, Carried, CarriedOutput, Former, Misfit, Unfit},
     redirect::{RedirectOutput, RedirectTotals},
     steering::{Placement, Steering},
 };
@@ -153,10 +155,15 @@ fn socket_filter(ebpf: &mut Ebpf) -> Result<&mut SocketFilter, ProgramError> {
 /// Removes the pins of one interface, whoever left them. What they held and nothing else holds is gone:
 /// a program is detached.
 pub fn clear_pins(pins: &Path) {
+    clear_pins_but(pins, None);
+}
+
+fn clear_pins_but(pins: &Path, kept: Option<&str>) {
     let Ok(entries) = fs::read_dir(pins) else { return };
-    for entry in entries.flatten() {
+    for entry in entries.flatten().filter(|entry| kept.is_none_or(|kept| entry.file_name() != kept)) {
         let _ = fs::remove_file(entry.path());
     }
+    // It stays where something is left in it.
     let _ = fs::remove_dir(pins);
 }
 

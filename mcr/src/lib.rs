@@ -5,6 +5,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod ebpf;
+pub mod holder;
 pub mod net;
 pub mod rule;
 pub mod ruleset;

@@ -44,6 +44,34 @@ pub fn object_of_abi(version: u32) -> Vec<u8> {
     bytes
 }
 
+/// The object as a build with other instructions and the same types would make it: the XDP program knows another number for
+/// 802.1ad, and the egress program judges frames anew that are a byte less too long.
+#[track_caller]
+pub fn object_of_another_build() -> Vec<u8> {
+    const ETHERTYPE_8021AD: i32 = 0x88a8;
+    const MTU_SLACK: i32 = 4;
+    const JUMP_IF_EQUAL: u8 = 0x15;
+    const ADD: u8 = 0x07;
+    let mut bytes = object();
+    for (section, operation, immediate) in
+        [("xdp", JUMP_IF_EQUAL, ETHERTYPE_8021AD), ("xdp/devmap", ADD, MTU_SLACK)]
+    {
+        let (start, len) = {
+            let file = object::File::parse(&*bytes).expect("an ELF object");
+            let section = file.section_by_name(section).expect("a section of programs");
+            section.file_range().expect("file range")
+        };
+        let section = &mut bytes[start as usize..(start + len) as usize];
+        let of_interest = |instruction: &&mut [u8]| {
+            instruction[0] == operation && instruction[4..8] == immediate.to_le_bytes()
+        };
+        let mut instructions: Vec<_> = section.chunks_exact_mut(8).filter(of_interest).collect();
+        assert_eq!(instructions.len(), 1, "instructions that use {immediate:#x}");
+        instructions[0][4..8].copy_from_slice(&(immediate - 1).to_le_bytes());
+    }
+    bytes
+}
+
 /// An XDP program that is not ours, attached natively until it is dropped.
 #[derive(Debug)]
 pub struct ForeignXdp {

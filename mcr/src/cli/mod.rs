@@ -2,6 +2,7 @@
 
 mod config;
 mod generate;
+mod hold;
 mod log_level;
 mod ping;
 mod receive;
@@ -48,6 +49,8 @@ enum Command {
     Recv(receive::Args),
     #[command(hide = true)]
     Worker(worker::Args),
+    #[command(hide = true)]
+    Hold(hold::Args),
 }
 
 /// Parses the process's arguments and runs the command.
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Gen(args) => generate::run(&args),
         Command::Recv(args) => receive::run(&args),
         Command::Worker(args) => args.run().map(done),
+        Command::Hold(args) => args.run().map(done),
     };
     outcome.unwrap_or_else(|error| report(&error))
 }

@@ -3,15 +3,18 @@
 //! A set of outputs is built in the one of the rule's two fans that is not in use, and takes over by the write of
 //! one byte: a frame meets the former set or the new one, whole. Changing a fan's devices waits in the kernel until no
 //! program runs that might still use the former ones (a map of maps does that), so what is retired is final.
+//!
+//! What outputs received, and in which sets they are, lies in a map of its own ([`Share`]), for the daemon that comes after.
 
 use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
 };
 
 use aya::{
-    maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, xdp::DevMap},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, xdp::DevMap},
     programs::{ProgramError, ProgramFd},
     util::nr_cpus,
 };
@@ -24,6 +27,7 @@ use thiserror::Error;
 
 use super::{
     MapAccessError, access, errno,
+    pinned::{self, RECEIVED},
     steering::{Maps, PinError},
 };
 use crate::{
@@ -41,6 +45,10 @@ pub enum RedirectError {
     Generic,
     #[error("the egress interface with index {} is gone", .egress.0)]
     Gone { rule: RuleSlot, egress: IfIndex },
+    #[error("{path} cannot be pinned: {why}")]
+    Pin { path: PathBuf, why: String },
+    #[error("the pinned outputs of rule slot {} do not fit together", .rule.0)]
+    Torn { rule: RuleSlot },
     #[error(transparent)]
     Map(#[from] MapAccessError),
 }
@@ -71,10 +79,33 @@ impl RedirectTotals {
 }
 
 /// The outputs in a fan.
-struct Set {
-    outputs: Vec<(OutputSlot, IfIndex)>,
-    /// What the fan had counted when the set got it.
-    base: u64,
+type Set = Vec<(OutputSlot, IfIndex)>;
+
+/// The sets of outputs that rules use, in the order of their fans.
+pub type Sets = BTreeMap<RuleSlot, Vec<RedirectOutput>>;
+
+/// What an output got in the sets of one of its rule's banks, and the set that it is in there. By
+/// [`redirect::record`], each written at once.
+#[derive(Clone, Copy)]
+struct Share {
+    /// Datagrams that it got in sets that are no more.
+    former: u64,
+    /// What the fan had counted when the present set got it; `u64::MAX` if the output is in none.
+    since: u64,
+    fan: u32,
+    egress: IfIndex,
+}
+
+impl Share {
+    const OUTSIDE: u64 = u64::MAX;
+
+    fn to_words(self) -> [u64; 3] {
+        [self.former, self.since, u64::from(self.fan) << 32 | u64::from(self.egress.0)]
+    }
+
+    fn from_words([former, since, place]: [u64; 3]) -> Self {
+        Self { former, since, fan: (place >> 32) as u32, egress: IfIndex(place as u32) }
+    }
 }
 
 pub(super) struct Redirect {
@@ -84,6 +115,7 @@ pub(super) struct Redirect {
     records: Array<MapData, Record>,
     chains: PerCpuHashMap<MapData, ChainKey, Chain>,
     outputs: PerCpuHashMap<MapData, u32, OutputCounters>,
+    shares: HashMap<MapData, u32, [u64; 3]>,
     cpus: usize,
     /// What stands in for the devices of a fan that is not in use; made when it is needed.
     nowhere: Option<MapData>,
@@ -91,12 +123,10 @@ pub(super) struct Redirect {
     sets: BTreeMap<u32, Set>,
     /// The bank that a rule uses.
     active: BTreeMap<RuleSlot, u32>,
-    /// Datagrams that outputs got in sets that are no more.
-    received: BTreeMap<OutputSlot, u64>,
 }
 
 impl Redirect {
-    pub(super) fn take(maps: &mut Maps<'_>) -> Result<Self, PinError> {
+    pub(super) fn take(maps: &mut Maps<'_>, max_rules: u32) -> Result<Self, PinError> {
         Ok(Self {
             banks: maps.take(map::BANKS)?,
             fans: maps.take(map::FANS)?,
@@ -107,12 +137,58 @@ impl Redirect {
             records: maps.take(map::RECORDS)?,
             chains: maps.take(map::CHAINS)?,
             outputs: maps.take(map::OUTPUTS)?,
+            shares: maps.make(pinned::received_shape(max_rules), RECEIVED)?,
             cpus: nr_cpus().map_err(|(file, error)| (file.into(), error.to_string()))?,
             nowhere: None,
             sets: BTreeMap::new(),
             active: BTreeMap::new(),
-            received: BTreeMap::new(),
         })
+    }
+
+    /// Goes on with what is pinned: clears up what a change left half-way, and answers the sets that are in use.
+    pub(super) fn adopt(&mut self) -> Result<Sets, RedirectError> {
+        let sets = self.read()?;
+        let idle = |fan: &u32| self.active.get(&RuleSlot(fan / 2)).is_none_or(|bank| fan % 2 + 1 != *bank);
+        let idle = self.sets.keys().copied().filter(idle).collect();
+        self.retire(idle)?;
+        Ok(sets)
+    }
+
+    /// Learns which outputs are in which fans, and which of these are in use.
+    pub(super) fn read(&mut self) -> Result<Sets, RedirectError> {
+        for entry in &self.shares {
+            let (record, share) = entry.map_err(access(RECEIVED, "read"))?;
+            let share = Share::from_words(share);
+            if share.since != Share::OUTSIDE {
+                self.sets.entry(share.fan).or_default().push((OutputSlot(record / 2), share.egress));
+            }
+        }
+        let mut sets = Sets::new();
+        for rule in (0..self.banks.len()).map(RuleSlot) {
+            let bank = self.banks.get(&rule.0, 0).map_err(access(map::BANKS, "read"))?;
+            if bank != 0 {
+                self.active.insert(rule, bank);
+                sets.insert(rule, self.walk(rule, redirect::fan(rule.0, bank))?);
+            }
+        }
+        Ok(sets)
+    }
+
+    /// The outputs of a fan, by its records.
+    fn walk(&self, rule: RuleSlot, fan: u32) -> Result<Vec<RedirectOutput>, RedirectError> {
+        let torn = || RedirectError::Torn { rule };
+        let set = self.sets.get(&fan).ok_or_else(torn)?;
+        let cpus = self.fans.get(&fan, 0).map_err(access(map::FANS, "read"))?;
+        let mut at = cpus.iter().next().map_or(NO_RECORD, |cpu| cpu.first);
+        let mut outputs = Vec::with_capacity(set.len());
+        while at != NO_RECORD && outputs.len() < set.len() {
+            let record = self.records.get(&at, 0).map_err(access(map::RECORDS, "read"))?;
+            let slot = OutputSlot(record.output);
+            let (_, egress) = set.iter().find(|(output, _)| *output == slot).ok_or_else(torn)?;
+            outputs.push(RedirectOutput { slot, egress: *egress, rewrite: record.rewrite });
+            at = record.after;
+        }
+        if at == NO_RECORD && outputs.len() == set.len() { Ok(outputs) } else { Err(torn()) }
     }
 
     /// Gives rules other outputs, or none. When it returns no frame leaves by the former ones any more.
@@ -161,12 +237,13 @@ impl Redirect {
             Err(MapError::KeyNotFound) => {}
             Err(error) => return Err(access(map::OUTPUTS, "read")(error)),
         }
-        totals.received = self.received.get(&output).copied().unwrap_or_default();
         for bank in [1, 2] {
-            let fan = redirect::fan(rule.0, bank);
-            let set = self.sets.get(&fan);
-            if let Some(set) = set.filter(|set| set.outputs.iter().any(|(slot, _)| *slot == output)) {
-                totals.received += self.frames(fan)? - set.base;
+            if let Some(share) = self.share(output, bank)? {
+                totals.received += share.former;
+                let fan = redirect::fan(rule.0, bank);
+                if share.since != Share::OUTSIDE && share.fan == fan {
+                    totals.received += self.frames(fan)?.saturating_sub(share.since);
+                }
             }
         }
         Ok(totals)
@@ -192,12 +269,13 @@ impl Redirect {
     /// Writes records and chains of a fan that is not in use.
     fn fill(&mut self, fan: u32, bank: u32, outputs: &[RedirectOutput]) -> Result<(), MapAccessError> {
         let record = |output: &RedirectOutput| redirect::record(output.slot.0, bank);
-        let set = Set {
-            outputs: outputs.iter().map(|output| (output.slot, output.egress)).collect(),
-            base: self.frames(fan)?,
-        };
+        let since = self.frames(fan)?;
         // Known before anything is written, so that a failure leaves nothing that is not cleared up.
-        self.sets.insert(fan, set);
+        self.sets.insert(fan, outputs.iter().map(|output| (output.slot, output.egress)).collect());
+        for RedirectOutput { slot, egress, .. } in outputs {
+            let former = self.share(*slot, bank)?.map_or(0, |share| share.former);
+            self.set_share(*slot, bank, Share { former, since, fan, egress: *egress })?;
+        }
         let mut firsts: BTreeMap<IfIndex, u32> = BTreeMap::new();
         let mut after = NO_RECORD;
         for output in outputs.iter().rev() {
@@ -253,10 +331,9 @@ impl Redirect {
         self.nowhere = Some(nowhere);
         outcome?;
         for fan in fans {
-            let frames = self.frames(fan)?;
-            let Some(set) = self.sets.remove(&fan) else { continue };
-            for (slot, device) in set.outputs {
-                *self.received.entry(slot).or_default() += frames - set.base;
+            let set = self.sets.get(&fan).cloned().unwrap_or_default();
+            // Chains first: the shares say which.
+            for (_, device) in &set {
                 match self.chains.remove(&ChainKey { fan, device: device.0 }) {
                     Ok(()) => {}
                     // Several outputs on one device share a chain.
@@ -264,8 +341,30 @@ impl Redirect {
                     Err(error) => return Err(access(map::CHAINS, "written")(error).into()),
                 }
             }
+            let (frames, bank) = (self.frames(fan)?, fan % 2 + 1);
+            for (slot, _) in set {
+                let Some(share) = self.share(slot, bank)? else { continue };
+                if share.fan == fan && share.since != Share::OUTSIDE {
+                    let former = share.former + frames.saturating_sub(share.since);
+                    self.set_share(slot, bank, Share { former, since: Share::OUTSIDE, ..share })?;
+                }
+            }
+            self.sets.remove(&fan);
         }
         Ok(())
+    }
+
+    fn share(&self, output: OutputSlot, bank: u32) -> Result<Option<Share>, MapAccessError> {
+        match self.shares.get(&redirect::record(output.0, bank), 0) {
+            Ok(words) => Ok(Some(Share::from_words(words))),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(access(RECEIVED, "read")(error)),
+        }
+    }
+
+    fn set_share(&mut self, output: OutputSlot, bank: u32, share: Share) -> Result<(), MapAccessError> {
+        let record = redirect::record(output.0, bank);
+        self.shares.insert(record, share.to_words(), 0).map_err(access(RECEIVED, "written"))
     }
 
     /// Frames that a fan has counted on all CPUs.

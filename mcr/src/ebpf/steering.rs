@@ -8,10 +8,11 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, XskMap},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, XskMap},
     programs::{
-        ProgramError, XdpMode,
-        links::{FdLink, PinnedLink},
+        ProgramError, Xdp, XdpMode,
+        links::{FdLink, LinkError, PinnedLink},
+        xdp::XdpLink,
     },
 };
 use mcr_common::{
@@ -21,8 +22,9 @@ use mcr_common::{
 };
 
 use super::{
-    AttachError, MapAccessError, Object, TracingLog, access, clear_pins, errno, last_words,
-    redirect::{Redirect, RedirectError, RedirectOutput, RedirectTotals},
+    AttachError, MapAccessError, Object, TracingLog, access, clear_pins, clear_pins_but, errno, last_words,
+    pinned::{self, Former, LINK, MARKS, Misfit, PROGRAM, REWRITE, mark},
+    redirect::{Redirect, RedirectError, RedirectOutput, RedirectTotals, Sets},
     socket_filter, xdp,
 };
 use crate::{
@@ -45,16 +47,39 @@ pub struct Placement<'a> {
     pub occupant: Option<u32>,
 }
 
+impl Placement<'_> {
+    /// Entries of the maps whose size depends on the interface or on the daemon.
+    pub(super) fn sizes(&self) -> [(&'static str, u32); 10] {
+        [
+            // A flow for each rule, and for each output that feeds one: its loop.
+            (map::FLOWS_V4, (1 + OUTPUTS_PER_RULE) * self.max_rules),
+            (map::RULES, self.max_rules),
+            (map::SOCKETS, self.queues),
+            (map::QUEUES, self.queues),
+            (map::BANKS, self.max_rules),
+            (map::FANS, 2 * self.max_rules),
+            (map::DEVICES, 2 * self.max_rules),
+            (map::RECORDS, 2 * OUTPUTS_PER_RULE * self.max_rules),
+            (map::CHAINS, 2 * OUTPUTS_PER_RULE * self.max_rules),
+            (map::OUTPUTS, OUTPUTS_PER_RULE * self.max_rules),
+        ]
+    }
+}
+
 /// Where a pin was to be, and why it is not.
 pub(super) type PinError = (PathBuf, String);
 
-/// The maps of a loaded object, to be pinned and taken out one by one.
+/// Where maps come from: out of a loaded object, or made here, to be pinned; or from their pins.
 pub(super) struct Maps<'a> {
-    ebpf: &'a mut Ebpf,
+    ebpf: Option<&'a mut Ebpf>,
     pins: &'a Path,
 }
 
-impl Maps<'_> {
+impl<'a> Maps<'a> {
+    pub(super) fn pinned(pins: &'a Path) -> Self {
+        Self { ebpf: None, pins }
+    }
+
     pub(super) fn take<T: TryFrom<Map, Error = MapError>>(&mut self, name: &str) -> Result<T, PinError> {
         let map = self.take_any(name)?;
         map.try_into().map_err(|error: MapError| (self.pins.join(name), error.to_string()))
@@ -62,115 +87,207 @@ impl Maps<'_> {
 
     pub(super) fn take_any(&mut self, name: &str) -> Result<Map, PinError> {
         let at = self.pins.join(name);
-        let Some(map) = self.ebpf.take_map(name) else {
+        let Some(ebpf) = &mut self.ebpf else { return Self::reopen(at) };
+        let Some(map) = ebpf.take_map(name) else {
             return Err((at, "the object has no such map".to_owned()));
         };
         map.pin(&at).map_err(|error| (at, error.to_string()))?;
         Ok(map)
+    }
+
+    /// A map that no program uses.
+    pub(super) fn make<T: TryFrom<Map, Error = MapError>>(
+        &self,
+        shape: aya_obj::Map,
+        name: &str,
+    ) -> Result<T, PinError> {
+        let at = self.pins.join(name);
+        let map = if self.ebpf.is_some() {
+            let made = MapData::create(shape, name, None).and_then(Map::from_map_data);
+            let map = made.map_err(|error| (at.clone(), error.to_string()))?;
+            map.pin(&at).map_err(|error| (at.clone(), error.to_string()))?;
+            map
+        } else {
+            Self::reopen(at.clone())?
+        };
+        map.try_into().map_err(|error: MapError| (at, error.to_string()))
+    }
+
+    fn reopen(at: PathBuf) -> Result<Map, PinError> {
+        let map = MapData::from_pin(&at).and_then(Map::from_map_data);
+        map.map_err(|error| (at, error.to_string()))
     }
 }
 
 /// What one interface has in the kernel: the maps, the socket filter, and the XDP program if it is attached.
 /// Pinned, but for the filter, which lives as long as its sockets.
 ///
-/// Dropping it detaches the program and removes the pins.
+/// Dropping it detaches the program and removes the pins, unless they are to be [kept](Self::keep). Who is killed leaves
+/// them: [`adopt`](Self::adopt) goes on with them.
 pub struct Steering {
     flows: HashMap<MapData, FlowKey4, FlowValue>,
     rules: PerCpuArray<MapData, RuleCounters>,
     verdicts: PerCpuArray<MapData, Verdicts>,
     sockets: XskMap<MapData>,
     queues: PerCpuArray<MapData, QueueCounters>,
-    redirect: Redirect,
+    pub(super) redirect: Redirect,
+    /// By [`mark`]: what the next daemon is to know.
+    marks: Array<MapData, u32>,
     /// Holds the programs, and the XDP program's log if the object has one.
     ebpf: Ebpf,
     // The link goes before its pins' directory.
     link: Option<PinnedLink>,
     generic: bool,
+    /// Whether another program runs by the pinned link, to be replaced.
+    succeeds: bool,
+    keep: bool,
     pins: PathBuf,
 }
 
 impl Steering {
     /// Makes the maps and pins them. Nothing is attached yet.
     pub fn prepare(object: &Object, placement: &Placement<'_>) -> Result<Self, AttachError> {
+        clear_pins(&placement.pins);
+        Self::make(object, placement)
+    }
+
+    /// As [`prepare`](Self::prepare), in the place of what this build cannot go on with: that works on by its own maps until
+    /// [`attach`](Self::attach) replaces its program, in one step.
+    pub fn succeed(object: &Object, placement: &Placement<'_>, former: &Former) -> Result<Self, AttachError> {
+        clear_pins_but(&placement.pins, Some(LINK));
+        let mut steering = Self::make(object, placement)?;
+        steering.generic = former.generic;
+        steering.succeeds = true;
+        Ok(steering)
+    }
+
+    fn make(object: &Object, placement: &Placement<'_>) -> Result<Self, AttachError> {
         let load = |error: EbpfError| AttachError::Load {
             interface: placement.interface.clone(),
             why: last_words(&error),
         };
-        let ebpf = EbpfLoader::new()
-            // A flow for each rule, and for each output that feeds one: its loop.
-            .map_max_entries(map::FLOWS_V4, (1 + OUTPUTS_PER_RULE) * placement.max_rules)
-            .map_max_entries(map::RULES, placement.max_rules)
-            .map_max_entries(map::SOCKETS, placement.queues)
-            .map_max_entries(map::QUEUES, placement.queues)
-            .map_max_entries(map::BANKS, placement.max_rules)
-            .map_max_entries(map::FANS, 2 * placement.max_rules)
-            .map_max_entries(map::DEVICES, 2 * placement.max_rules)
-            .map_max_entries(map::RECORDS, 2 * OUTPUTS_PER_RULE * placement.max_rules)
-            .map_max_entries(map::CHAINS, 2 * OUTPUTS_PER_RULE * placement.max_rules)
-            .map_max_entries(map::OUTPUTS, OUTPUTS_PER_RULE * placement.max_rules)
-            .load(object.bytes())
-            .map_err(load)?;
-        Self::pin(ebpf, &placement.pins).map_err(|(path, why)| {
-            clear_pins(&placement.pins);
-            AttachError::Pin { path, why }
-        })
+        let ebpf = loader(placement).load(object.bytes()).map_err(load)?;
+        let made = fs::create_dir_all(&placement.pins);
+        let made = made.map_err(|error| (placement.pins.clone(), error.to_string()));
+        let mut steering =
+            made.and_then(|()| Self::take(ebpf, placement, false)).map_err(|(path, why)| {
+                clear_pins(&placement.pins);
+                AttachError::Pin { path, why }
+            })?;
+        // Last: without it nobody goes on with what is half made.
+        steering.set_mark(mark::ABI, abi::ABI_VERSION)?;
+        Ok(steering)
     }
 
-    fn pin(mut ebpf: Ebpf, pins: &Path) -> Result<Self, PinError> {
-        clear_pins(pins);
-        fs::create_dir_all(pins).map_err(|error| (pins.to_owned(), error.to_string()))?;
-        let mut maps = Maps { ebpf: &mut ebpf, pins };
+    /// Opens what is pinned. All of it is known to fit.
+    pub(super) fn reopen(object: &Object, placement: &Placement<'_>) -> Result<Self, Misfit> {
+        let pins = &placement.pins;
+        let mut loader = loader(placement);
+        for map in pinned::MAPS {
+            loader.map_pin_path(map, pins.join(map));
+        }
+        let ebpf = loader.load(object.bytes()).map_err(|error| Misfit::Load { why: last_words(&error) })?;
+        let opened = Self::take(ebpf, placement, true);
+        let mut steering = opened.map_err(|(path, why)| Misfit::Open { path, why })?;
+        let link = PinnedLink::from_pin(pins.join(LINK));
+        let unopened = |error: LinkError| Misfit::Open { path: pins.join(LINK), why: error.to_string() };
+        steering.link = Some(link.map_err(unopened)?);
+        let generic = steering.marks.get(&mark::GENERIC, 0).map_err(access(MARKS, "read"))?;
+        steering.generic = generic != 0;
+        Ok(steering)
+    }
+
+    fn take(mut ebpf: Ebpf, placement: &Placement<'_>, pinned: bool) -> Result<Self, PinError> {
+        let ebpf_maps = (!pinned).then_some(&mut ebpf);
+        let mut maps = Maps { ebpf: ebpf_maps, pins: &placement.pins };
         Ok(Self {
             flows: maps.take(map::FLOWS_V4)?,
             rules: maps.take(map::RULES)?,
             verdicts: maps.take(map::VERDICTS)?,
             sockets: maps.take(map::SOCKETS)?,
             queues: maps.take(map::QUEUES)?,
-            redirect: Redirect::take(&mut maps)?,
+            redirect: Redirect::take(&mut maps, placement.max_rules)?,
+            marks: maps.make(pinned::marks_shape(), MARKS)?,
             ebpf,
             link: None,
             generic: false,
-            pins: pins.to_owned(),
+            succeeds: false,
+            keep: pinned,
+            pins: placement.pins.clone(),
         })
     }
 
+    /// Takes charge of what is pinned: it goes when this does.
+    pub(super) fn own(&mut self) {
+        self.keep = false;
+    }
+
+    fn set_mark(&mut self, mark: u32, value: u32) -> Result<(), AttachError> {
+        self.marks
+            .set(mark, value, 0)
+            .map_err(|error| AttachError::Pin { path: self.pins.join(MARKS), why: error.to_string() })
+    }
+
+    /// Leaves what is pinned, and so what the kernel does by itself, to the next daemon.
+    pub fn keep(mut self) {
+        self.keep = true;
+    }
+
     /// Attaches the XDP program, and pins it with its link; as generic XDP if that is allowed and there is
-    /// no native XDP.
+    /// no native XDP. In the place of a [former one](Self::succeed) it runs as that did.
     pub fn attach(&mut self, placement: &Placement<'_>, generic: bool) -> Result<(), AttachError> {
-        match self.attach_as(placement, XdpMode::Driver) {
-            Err(AttachError::NoNativeXdp { .. }) if generic => {
-                self.attach_as(placement, XdpMode::Skb)?;
-                self.generic = true;
-                Ok(())
+        if self.succeeds {
+            self.replace(placement)?;
+            self.succeeds = false;
+        } else {
+            match self.attach_as(placement, XdpMode::Driver) {
+                Err(AttachError::NoNativeXdp { .. }) if generic => {
+                    self.attach_as(placement, XdpMode::Skb)?;
+                    self.generic = true;
+                }
+                result => result?,
             }
-            result => result,
         }
+        self.set_mark(mark::GENERIC, self.generic.into())
     }
 
     fn attach_as(&mut self, placement: &Placement<'_>, mode: XdpMode) -> Result<(), AttachError> {
         let interface = placement.interface;
-        let load =
-            |error: EbpfError| AttachError::Load { interface: interface.clone(), why: last_words(&error) };
-        let pinned = |name: &str, error: &dyn std::error::Error| AttachError::Pin {
-            path: placement.pins.join(name),
-            why: error.to_string(),
-        };
-        let program = xdp(&mut self.ebpf, abi::PROGRAM).map_err(|error| load(error.into()))?;
-        if program.fd().is_err() {
-            program.load().map_err(|error| load(error.into()))?;
-        }
+        let pins = self.pins.clone();
+        let program = loaded(&mut self.ebpf, abi::PROGRAM).map_err(unloaded(interface))?;
         let link = program
             .attach_to_if_index(placement.index.0, mode)
             .map_err(|error| explain(placement, &error))?;
-        let link = program.take_link(link).map_err(|error| load(error.into()))?;
+        let link = program.take_link(link).map_err(unloaded(interface))?;
         // aya falls back to an attachment that no pin can hold; only a link will do.
         let link = FdLink::try_from(link).map_err(|_| AttachError::Attach {
             interface: interface.clone(),
             source: io::Error::other("the kernel offers no XDP links (Linux 5.9 has them)"),
         })?;
-        program.pin(self.pins.join("program")).map_err(|error| pinned("program", &error))?;
-        self.link = Some(link.pin(self.pins.join("link")).map_err(|error| pinned("link", &error))?);
+        program.pin(pins.join(PROGRAM)).map_err(unpinned(pins.join(PROGRAM)))?;
+        self.link = Some(link.pin(pins.join(LINK)).map_err(unpinned(pins.join(LINK)))?);
         Ok(())
+    }
+
+    /// Puts the XDP program in the place of the one that the pinned link has; no frame meets none.
+    pub(super) fn replace(&mut self, placement: &Placement<'_>) -> Result<(), AttachError> {
+        let interface = placement.interface;
+        let (link, pin) = (self.pins.join(LINK), self.pins.join(PROGRAM));
+        let program = loaded(&mut self.ebpf, abi::PROGRAM).map_err(unloaded(interface))?;
+        let former = PinnedLink::from_pin(&link).map_err(unpinned(link.clone()))?;
+        let former = XdpLink::try_from(FdLink::from(former)).map_err(unpinned(link.clone()))?;
+        let replaced = program.attach_to_link(former).map_err(|error| explain(placement, &error))?;
+        // The pin holds it.
+        drop(program.take_link(replaced).map_err(unloaded(interface))?);
+        let _ = fs::remove_file(&pin);
+        program.pin(&pin).map_err(unpinned(pin.clone()))?;
+        self.link = Some(PinnedLink::from_pin(&link).map_err(unpinned(link))?);
+        Ok(())
+    }
+
+    /// A program as this build has it.
+    pub(super) fn program(&mut self, name: &str) -> Result<BorrowedFd<'_>, ProgramError> {
+        Ok(loaded(&mut self.ebpf, name)?.fd()?.as_fd())
     }
 
     /// Whether the program runs as generic XDP.
@@ -191,6 +308,11 @@ impl Steering {
         self.flows.insert(key, value, 0).map_err(access(map::FLOWS_V4, "written"))
     }
 
+    /// The flows that there are.
+    pub fn flows(&self) -> Result<Vec<(FlowKey4, FlowValue)>, MapAccessError> {
+        self.flows.iter().collect::<Result<_, _>>().map_err(access(map::FLOWS_V4, "read"))
+    }
+
     /// Gives rules that are redirected other outputs, or none: of each rule all at once, so that a frame meets the former
     /// ones or the new ones. When it returns no frame leaves by the former ones any more. For that it waits in the kernel,
     /// some 10 to 30 ms for all rules together.
@@ -201,11 +323,20 @@ impl Steering {
         if self.generic && changes.iter().any(|(_, outputs)| !outputs.is_empty()) {
             return Err(RedirectError::Generic);
         }
-        let program = xdp(&mut self.ebpf, abi::REWRITE).map_err(RedirectError::Load)?;
-        if program.fd().is_err() {
-            program.load().map_err(RedirectError::Load)?;
+        let program = loaded(&mut self.ebpf, abi::REWRITE).map_err(RedirectError::Load)?;
+        let pin = self.pins.join(REWRITE);
+        if !pin.exists() {
+            program.pin(&pin).map_err(|error| RedirectError::Pin { path: pin, why: error.to_string() })?;
         }
         self.redirect.set(program.fd().map_err(RedirectError::Load)?, changes)
+    }
+
+    /// Sets all these sets anew, which are those in use, so that no output is left with the egress program of another build.
+    pub fn renew_outputs(&mut self, sets: &Sets) -> Result<(), RedirectError> {
+        let changes: Vec<_> = sets.iter().map(|(rule, outputs)| (*rule, outputs.clone())).collect();
+        self.set_outputs(&changes)?;
+        let _ = fs::remove_file(self.pins.join(REWRITE));
+        self.set_outputs(&[])
     }
 
     /// Totals of an output of a rule that is redirected, or was.
@@ -240,18 +371,7 @@ impl Steering {
 
     /// Counters of a rule, of all CPUs together.
     pub fn rule(&self, slot: RuleSlot) -> Result<RuleCounters, MapAccessError> {
-        let mut sum = RuleCounters::default();
-        for cpu in self.rules.get(&slot.0, 0).map_err(access(map::RULES, "read"))?.iter() {
-            sum.matched += cpu.matched;
-            sum.matched_bytes += cpu.matched_bytes;
-            sum.no_worker += cpu.no_worker;
-            sum.looped += cpu.looped;
-            sum.redirected += cpu.redirected;
-            sum.no_output += cpu.no_output;
-            sum.not_redirected += cpu.not_redirected;
-            sum.redirect_bytes += cpu.redirect_bytes;
-        }
-        Ok(sum)
+        rule_counters(&self.rules, slot)
     }
 
     /// Frames of a queue that were steered to its socket.
@@ -262,13 +382,7 @@ impl Steering {
 
     /// What a program, one of [`abi::verdicts_of`], made of the interface's frames, by name.
     pub fn verdicts(&self, of: u32) -> Result<[(&'static str, u64); Verdicts::COUNT], MapAccessError> {
-        let mut sum = Verdicts::default().named();
-        for cpu in self.verdicts.get(&of, 0).map_err(access(map::VERDICTS, "read"))?.iter() {
-            for (total, (_, count)) in sum.iter_mut().zip(cpu.named()) {
-                total.1 += count;
-            }
-        }
-        Ok(sum)
+        verdict_counters(&self.verdicts, of)
     }
 
     /// The program's own log, if the object was built with it.
@@ -279,6 +393,9 @@ impl Steering {
 
 impl Drop for Steering {
     fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
         // Unpinning gives the link back, whose end detaches the program.
         if let Some(link) = self.link.take()
             && let Err(error) = link.unpin()
@@ -287,6 +404,63 @@ impl Drop for Steering {
         }
         clear_pins(&self.pins);
     }
+}
+
+pub(super) fn rule_counters(
+    rules: &PerCpuArray<MapData, RuleCounters>,
+    slot: RuleSlot,
+) -> Result<RuleCounters, MapAccessError> {
+    let mut sum = RuleCounters::default();
+    for cpu in rules.get(&slot.0, 0).map_err(access(map::RULES, "read"))?.iter() {
+        sum.matched += cpu.matched;
+        sum.matched_bytes += cpu.matched_bytes;
+        sum.no_worker += cpu.no_worker;
+        sum.looped += cpu.looped;
+        sum.redirected += cpu.redirected;
+        sum.no_output += cpu.no_output;
+        sum.not_redirected += cpu.not_redirected;
+        sum.redirect_bytes += cpu.redirect_bytes;
+    }
+    Ok(sum)
+}
+
+pub(super) fn verdict_counters(
+    verdicts: &PerCpuArray<MapData, Verdicts>,
+    of: u32,
+) -> Result<[(&'static str, u64); Verdicts::COUNT], MapAccessError> {
+    let mut sum = Verdicts::default().named();
+    for cpu in verdicts.get(&of, 0).map_err(access(map::VERDICTS, "read"))?.iter() {
+        for (total, (_, count)) in sum.iter_mut().zip(cpu.named()) {
+            total.1 += count;
+        }
+    }
+    Ok(sum)
+}
+
+/// A loader with the maps' sizes.
+fn loader<'a>(placement: &Placement<'_>) -> EbpfLoader<'a> {
+    let mut loader = EbpfLoader::new();
+    for (map, entries) in placement.sizes() {
+        loader.map_max_entries(map, entries);
+    }
+    loader
+}
+
+/// An XDP program, loaded if it is not yet.
+fn loaded<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, ProgramError> {
+    let program = xdp(ebpf, name)?;
+    if program.fd().is_err() {
+        program.load()?;
+    }
+    Ok(program)
+}
+
+fn unloaded(interface: &InterfaceName) -> impl Fn(ProgramError) -> AttachError {
+    |error| AttachError::Load { interface: interface.clone(), why: last_words(&error.into()) }
+}
+
+fn unpinned<E: std::error::Error>(path: PathBuf) -> impl FnOnce(E) -> AttachError {
+    |error| AttachError::Pin { path, why: error.to_string() }
 }
 
 /// Turns the errno of an attachment into what it means for this interface.

@@ -4,11 +4,21 @@
 //! pool is used until the kernel says that it is full. Memberships of any source and of one source are
 //! in separate pools: on one socket they would narrow or refuse one another.
 
-use std::{collections::BTreeMap, io, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::Ipv4Addr,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::{rule::IfIndex, sys::multicast};
+use crate::{
+    holder::client::{Held, Holder},
+    rule::IfIndex,
+    sys::multicast,
+};
 
 /// What is joined on an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -26,30 +36,171 @@ struct Member {
 }
 
 /// Sockets by number. One that holds nothing any more is closed.
-type Pool = BTreeMap<usize, Member>;
+type Pool = BTreeMap<u32, Member>;
 
 /// The pooled sockets and what each holds.
 #[derive(Debug, Default)]
 pub struct Memberships {
     any_source: Pool,
     one_source: Pool,
-    /// Number of the socket in its pool.
-    held: BTreeMap<Membership, usize>,
+    /// Number of the socket.
+    held: BTreeMap<Membership, u32>,
+    /// The number of the next socket.
+    next: u32,
+    /// Where these memberships are to outlive the daemon, and the process that sees to it, once there are any.
+    keeping: Option<Keeping>,
+}
+
+#[derive(Debug)]
+struct Keeping {
+    pin_root: PathBuf,
+    /// mcr.
+    program: PathBuf,
+    holder: Option<Holder>,
+}
+
+/// What a holder had when it was found.
+#[derive(Default)]
+struct Before {
+    sockets: BTreeSet<u32>,
+    memberships: Vec<Membership>,
+}
+
+impl From<&Held> for Before {
+    fn from(held: &Held) -> Self {
+        let sockets = held.sockets.iter().map(|(number, _)| *number).collect();
+        Self { sockets, memberships: held.memberships.clone() }
+    }
 }
 
 impl Memberships {
+    /// Memberships that outlive the daemon, and those that the daemon before had: of these nothing was left in between, and
+    /// they stay until they are left. To be called in the network namespace; `program` is mcr.
+    ///
+    /// # Errors
+    ///
+    /// Where there is a holder that cannot be taken over.
+    pub fn kept(pin_root: &Path, program: &Path) -> io::Result<Self> {
+        let keeping = Keeping { pin_root: pin_root.to_owned(), program: program.to_owned(), holder: None };
+        let mut memberships = Self { keeping: Some(keeping), ..Self::default() };
+        if let Some((holder, held)) = Holder::find(pin_root)? {
+            let before = Before::from(&held);
+            memberships.adopt(held)?;
+            memberships.hand_over(holder, before)?;
+        }
+        Ok(memberships)
+    }
+
+    /// Everything that is joined, in order.
+    pub fn held(&self) -> impl Iterator<Item = Membership> {
+        self.held.keys().copied()
+    }
+
+    /// Has a holder if and only if there is anything to hold: starts one where there is none any more, and ends one that is
+    /// needed no more. To be called after changes, and now and then.
+    ///
+    /// # Errors
+    ///
+    /// Where the memberships would end with the daemon. They hold as long as it lives.
+    pub fn tend(&mut self) -> io::Result<()> {
+        let Some(keeping) = &mut self.keeping else { return Ok(()) };
+        if let Some(mut dead) = keeping.holder.take_if(|holder| !holder.lives()) {
+            let _ = dead.bury();
+        }
+        match keeping.holder.take() {
+            Some(holder) if self.held.is_empty() => holder.end(),
+            None if !self.held.is_empty() => {
+                let found = Holder::find(&keeping.pin_root)?;
+                let (holder, before) = match found {
+                    // It was slow to listen.
+                    Some((holder, held)) => (holder, Before::from(&held)),
+                    None => (Holder::start(&keeping.pin_root, &keeping.program)?, Before::default()),
+                };
+                self.hand_over(holder, before)
+            }
+            holder => {
+                keeping.holder = holder;
+                Ok(())
+            }
+        }
+    }
+
+    /// Leaves everything, and ends the holder. Without it, what is kept stays joined.
+    pub fn release(self) -> io::Result<()> {
+        let holder = self.keeping.and_then(|keeping| keeping.holder);
+        holder.map_or(Ok(()), Holder::end)
+    }
+
+    /// Takes sockets with what they have joined, of which the kernel has the last word.
+    fn adopt(&mut self, Held { sockets, memberships }: Held) -> io::Result<()> {
+        let mut open: BTreeSet<_> = memberships.into_iter().collect();
+        for (number, socket) in sockets {
+            self.next = self.next.max(number + 1);
+            let socket = Socket::from(socket);
+            let mut has = Vec::new();
+            for membership in &open {
+                if multicast::holds(&socket, membership)? {
+                    has.push(*membership);
+                }
+            }
+            let Some(first) = has.first() else { continue };
+            self.pool(*first).insert(number, Member { socket, held: has.len() });
+            for membership in has {
+                open.remove(&membership);
+                self.held.insert(membership, number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a holder all there is, and takes what it had before and is no more.
+    fn hand_over(&mut self, holder: Holder, before: Before) -> io::Result<()> {
+        let held: Vec<_> = self.held().collect();
+        holder.add(&held)?;
+        let mut gone = before.sockets;
+        for (number, member) in self.any_source.iter().chain(&self.one_source) {
+            holder.open(*number, member.socket.as_fd())?;
+            gone.remove(number);
+        }
+        gone.into_iter().try_for_each(|number| holder.close(number))?;
+        let left = before.memberships.into_iter().filter(|membership| !self.held.contains_key(membership));
+        left.into_iter().try_for_each(|membership| holder.remove(membership))?;
+        if let Some(keeping) = &mut self.keeping {
+            keeping.holder = Some(holder);
+        }
+        Ok(())
+    }
+
+    /// Tells the holder, if there is one. One that does not listen is given up, and [`tend`](Self::tend) says so.
+    fn tell(&mut self, word: impl FnOnce(&Holder) -> io::Result<()>) {
+        let Some(keeping) = &mut self.keeping else { return };
+        if let Some(mut deaf) = keeping.holder.take_if(|holder| word(holder).is_err()) {
+            let _ = deaf.bury();
+        }
+    }
+
     /// Joins, unless it is joined.
     pub fn join(&mut self, membership: Membership) -> io::Result<()> {
         if self.held.contains_key(&membership) {
             return Ok(());
         }
-        let pool = self.pool(membership);
-        for (&number, member) in pool.iter_mut() {
+        // Before it is joined, so that none is ever unknown.
+        self.tell(|holder| holder.add(&[membership]));
+        let joined = self.join_by_any(membership);
+        match joined {
+            Ok(number) => drop(self.held.insert(membership, number)),
+            Err(_) => self.tell(|holder| holder.remove(membership)),
+        }
+        joined.map(|_| ())
+    }
+
+    /// Joins by a socket that has room, or a new one; its number.
+    fn join_by_any(&mut self, membership: Membership) -> io::Result<u32> {
+        for (&number, member) in self.pool(membership).iter_mut() {
             match multicast::join(&member.socket, &membership) {
                 Ok(()) => {
                     member.held += 1;
-                    self.held.insert(membership, number);
-                    return Ok(());
+                    return Ok(number);
                 }
                 // Full; the next socket has room or is new.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
@@ -59,11 +210,15 @@ impl Memberships {
             }
         }
         let socket = silent_socket()?;
-        multicast::join(&socket, &membership)?;
-        let number = pool.last_key_value().map_or(0, |(last, _)| last + 1);
-        pool.insert(number, Member { socket, held: 1 });
-        self.held.insert(membership, number);
-        Ok(())
+        let number = self.next;
+        self.tell(|holder| holder.open(number, socket.as_fd()));
+        if let Err(error) = multicast::join(&socket, &membership) {
+            self.tell(|holder| holder.close(number));
+            return Err(error);
+        }
+        self.next += 1;
+        self.pool(membership).insert(number, Member { socket, held: 1 });
+        Ok(number)
     }
 
     /// Leaves, if it is joined. A membership of an interface that is gone is dropped all the same.
@@ -77,9 +232,14 @@ impl Memberships {
             left = multicast::leave(&member.socket, &Membership { source: None, ..membership });
         }
         member.held -= 1;
-        if member.held == 0 {
+        let closed = member.held == 0;
+        if closed {
             pool.remove(&number);
         }
+        self.tell(|holder| {
+            holder.remove(membership)?;
+            if closed { holder.close(number) } else { Ok(()) }
+        });
         left.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
     }
 

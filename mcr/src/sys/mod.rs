@@ -1,9 +1,11 @@
 //! The system calls that no library of ours wraps, thin.
 
+pub mod bpf_object;
 pub mod bpf_query;
 pub mod channel;
 pub mod cpu_list;
 pub mod ethtool;
+pub mod inherited;
 pub mod map_batch;
 pub mod multicast;
 pub mod netdev;

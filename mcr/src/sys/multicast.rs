@@ -18,6 +18,40 @@ pub fn leave(socket: &impl AsRawFd, membership: &Membership) -> io::Result<()> {
     change(socket, membership, libc::MCAST_LEAVE_GROUP, libc::MCAST_LEAVE_SOURCE_GROUP)
 }
 
+/// Whether a socket has a membership.
+pub fn holds(socket: &impl AsRawFd, membership: &Membership) -> io::Result<bool> {
+    const MCAST_MSFILTER: i32 = 48;
+    let mut filter = GroupFilter {
+        interface: membership.interface.0,
+        group: storage(membership.group),
+        mode: 0,
+        count: MOST_SOURCES as u32,
+        sources: [storage(Ipv4Addr::UNSPECIFIED); MOST_SOURCES],
+    };
+    match socket_option::complete(socket, libc::IPPROTO_IP, MCAST_MSFILTER, &mut filter) {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    let Some(source) = membership.source else { return Ok(filter.mode == libc::MCAST_EXCLUDE as u32) };
+    let mut sources = filter.sources.iter().take(filter.count as usize);
+    Ok(filter.mode == libc::MCAST_INCLUDE as u32 && sources.any(|given| address(given) == source))
+}
+
+/// Sources of one group that a socket is asked for; it may have 10 by default (`net.ipv4.igmp_max_msf`).
+const MOST_SOURCES: usize = 64;
+
+/// `struct group_filter`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GroupFilter {
+    interface: u32,
+    group: libc::sockaddr_storage,
+    mode: u32,
+    count: u32,
+    sources: [libc::sockaddr_storage; MOST_SOURCES],
+}
+
 fn change(
     socket: &impl AsRawFd,
     membership: &Membership,
@@ -52,6 +86,12 @@ pub fn receive_nothing(socket: &impl AsRawFd) -> io::Result<()> {
 pub fn netns_cookie(socket: &impl AsRawFd) -> io::Result<u64> {
     const SO_NETNS_COOKIE: i32 = 71;
     Ok(u64::from_ne_bytes(socket_option::get(socket, libc::SOL_SOCKET, SO_NETNS_COOKIE)?))
+}
+
+fn address(storage: &libc::sockaddr_storage) -> Ipv4Addr {
+    // SAFETY: a sockaddr_storage is larger than and aligned for a sockaddr_in, of which any bit pattern is a value.
+    let address = unsafe { std::ptr::from_ref(storage).cast::<libc::sockaddr_in>().read() };
+    Ipv4Addr::from_bits(u32::from_be(address.sin_addr.s_addr))
 }
 
 fn storage(address: Ipv4Addr) -> libc::sockaddr_storage {

@@ -11,6 +11,15 @@ pub fn set<T: Copy>(socket: &impl AsRawFd, level: i32, name: i32, value: &T) -> 
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Asks by a value that the kernel completes, a C structure.
+pub fn complete<T: Copy>(socket: &impl AsRawFd, level: i32, name: i32, value: &mut T) -> io::Result<()> {
+    let mut len = size_of::<T>() as libc::socklen_t;
+    let value = std::ptr::from_mut(value);
+    // SAFETY: the kernel reads and writes at most `len` bytes, the size of the value, which outlives the call.
+    let result = unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.cast(), &raw mut len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Sets the size of a buffer beyond the system's limit, or up to it where that takes a capability that is
 /// missing.
 pub fn set_buffer(socket: &impl AsRawFd, forced: i32, limited: i32, bytes: i32) -> io::Result<()> {

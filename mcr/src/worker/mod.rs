@@ -163,7 +163,8 @@ fn relay_from<I: Ingress>(
     if let Err(error) = privileges::drop_all() {
         bail!("the worker cannot give up its capabilities: {error}");
     }
-    seccomp::confine().context("the worker cannot confine itself to its system calls (seccomp)")?;
+    seccomp::confine(seccomp::WORKER)
+        .context("the worker cannot confine itself to its system calls (seccomp)")?;
     supervisor.report(&Report::Ready, &sockets.iter().collect::<Vec<_>>())?;
     EventLoop::new(queues, relaying, UringEgress::new(ring)).run(supervisor)
 }
@@ -181,8 +182,8 @@ fn pin(cpu: u32) -> nix::Result<()> {
     sched_setaffinity(Pid::from_raw(0), &set)
 }
 
-/// The supervisor decides when a worker ends, also where a terminal or a service manager signals all.
-fn ignore_signals() -> nix::Result<()> {
+/// The supervisor decides when its processes end, also where a terminal or a service manager signals all.
+pub(crate) fn ignore_signals() -> nix::Result<()> {
     for ignored in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         // SAFETY: ignoring a signal runs no code of ours.
         unsafe { signal(ignored, SigHandler::SigIgn)? };
