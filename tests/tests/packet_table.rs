@@ -449,6 +449,7 @@ impl Program {
             counters.looped += moved.looped;
             counters.redirected += moved.redirected;
             counters.no_output += moved.no_output;
+            counters.redirect_bytes += moved.redirect_bytes;
         }
         assert_eq!(action, expected_action, "{:?}: {name}", self.kind);
         assert_eq!(self.counters(), expected, "{name}");
