@@ -528,11 +528,11 @@ fn what_does_not_fit_is_refused_with_its_reason_and_cleared_alone() {
         (
             "another shape",
             "mcr_rules",
-            map("percpu_array", "64", "mcr_rules"),
-            "64 entries of 4 and 64 bytes",
+            map("percpu_array", "72", "mcr_rules"),
+            "64 entries of 4 and 72 bytes",
         ),
-        ("another kind", "mcr_rules", map("array", "56", "mcr_rules"), "(type 2, flags 0x0) instead of"),
-        ("another map", "mcr_rules", map("percpu_array", "56", "mcr_rules"), "the programs use another"),
+        ("another kind", "mcr_rules", map("array", "64", "mcr_rules"), "(type 2, flags 0x0) instead of"),
+        ("another map", "mcr_rules", map("percpu_array", "64", "mcr_rules"), "the programs use another"),
     ];
     let unharmed = |what: &str| {
         assert!(!pins.exists(), "{what} is left");
