@@ -171,7 +171,7 @@ fn an_answer_is_text_or_the_daemons_own_json() {
         assert_eq!(
             daemon.join().unwrap(),
             "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"rule.add\",\"params\":{\"name\":\"cam1\",\
-             \"in\":\"239.1.1.1:5000@eth0\",\"out\":[\"239.2.2.2:6000@eth1\"],\"datapath\":\"auto\",\
+             \"in\":\"239.1.1.1:5000@eth0\",\"out\":[\"239.2.2.2:6000@eth1\"],\
              \"merge\":false,\"link_local\":false}}\n"
         );
         fs::remove_file(dir.socket()).unwrap();
