@@ -44,7 +44,8 @@ impl Daemon {
 
     pub fn rule_info(&self, entry: &Entry) -> RuleInfo {
         let rule = &entry.rule;
-        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output)).collect();
+        let datapath = self.state.datapath_of(rule);
+        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output, datapath)).collect();
         let (health, reason) = match self.state.rule_problem(entry) {
             Some((Problem::Failed, why)) => (Health::Failed, Some(why)),
             Some((Problem::Waits, why)) => (Health::Pending, Some(why)),
@@ -53,7 +54,6 @@ impl Daemon {
                 None => (Health::Active, None),
             },
         };
-        let datapath = self.state.datapath_of(rule);
         let served = self.state.serves(&rule.input.interface, datapath);
         RuleInfo {
             name: rule.name.to_string(),
@@ -94,8 +94,8 @@ impl Daemon {
         datapath::explain(datapath, asked, generic, no_faster.as_deref())
     }
 
-    fn output_info(&self, output: &Output) -> OutputInfo {
-        let reason = self.state.output_pending(output);
+    fn output_info(&self, output: &Output, datapath: Datapath) -> OutputInfo {
+        let reason = self.state.output_pending(output, datapath);
         let health = if reason.is_none() { Health::Active } else { Health::Pending };
         OutputInfo { to: output.to_string(), health, reason }
     }

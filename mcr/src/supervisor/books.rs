@@ -277,6 +277,7 @@ impl Books {
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
+            self.redirected.open(*slot);
             self.output_bases.insert(*slot, self.raw_output(*slot));
             self.output_rates.samples.remove(slot);
             self.output_byte_rates.samples.remove(slot);
@@ -398,11 +399,14 @@ impl Books {
         totals
     }
 
-    /// What the kernel did for an output by itself. What came while it was none of the outputs was pending.
+    /// What the kernel did for an output by itself. What came while it was none of the outputs was pending, or
+    /// unreachable.
     fn sent_by_kernel(&self, slot: OutputSlot) -> OutputTotals {
         let OfOutput { offered, totals } = self.redirected.output(slot);
         let mut dropped = [0; DropReason::ALL.len()];
-        dropped[DropReason::Pending as usize] = offered.saturating_sub(totals.received);
+        let unreachable = self.redirected.unreachable(slot);
+        dropped[DropReason::Unreachable as usize] = unreachable;
+        dropped[DropReason::Pending as usize] = offered.saturating_sub(totals.received + unreachable);
         dropped[DropReason::TooBig as usize] = totals.counters.too_big;
         dropped[DropReason::TtlExpired as usize] = totals.counters.ttl_expired;
         OutputTotals {

@@ -13,6 +13,7 @@ use crate::{
     rule::{InterfaceName, OutputSlot, RuleSlot},
     ruleset::Entry,
     supervisor::state::State,
+    worker::ledger::DropReason,
 };
 
 /// What an output has of the datagrams that the kernel sent on.
@@ -23,6 +24,17 @@ pub(super) struct OfOutput {
     pub totals: RedirectTotals,
 }
 
+/// What an output missed of its rule while it was none of the outputs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Missed {
+    /// Datagrams of which it is known why.
+    explained: u64,
+    /// Those of them for which there was no neighbour.
+    unreachable: u64,
+    /// There is none for those to come.
+    unreachable_now: bool,
+}
+
 /// Rules that the kernel serves, or once served, and what it counted of them.
 #[derive(Default)]
 pub(super) struct Redirected {
@@ -31,6 +43,7 @@ pub(super) struct Redirected {
     /// Nanoseconds since 1970 at which a rule was seen to have gone on last.
     seen_ns: HashMap<RuleSlot, u64>,
     outputs: HashMap<OutputSlot, OfOutput>,
+    missed: HashMap<OutputSlot, Missed>,
     /// What programs counted that are no longer attached.
     former: HashMap<OutputSlot, OfOutput>,
 }
@@ -50,6 +63,18 @@ impl Redirected {
         self.outputs.get(&slot).copied().unwrap_or_default()
     }
 
+    /// Begins anew to ask why an output misses what it does.
+    pub fn open(&mut self, slot: OutputSlot) {
+        let OfOutput { offered, totals } = self.output(slot);
+        let explained = offered.saturating_sub(totals.received);
+        self.missed.insert(slot, Missed { explained, ..Missed::default() });
+    }
+
+    /// What an output missed because there was no neighbour for it.
+    pub fn unreachable(&self, slot: OutputSlot) -> u64 {
+        self.missed.get(&slot).map_or(0, |missed| missed.unreachable)
+    }
+
     pub fn seen_ns(&self, slot: RuleSlot) -> u64 {
         self.seen_ns.get(&slot).copied().unwrap_or_default()
     }
@@ -65,6 +90,13 @@ impl Redirected {
         }
         for entry in state.rules().iter() {
             if self.rules.contains(&entry.slot) {
+                for (output, slot) in entry.outputs() {
+                    // What one missed until it came back has the reason that it then had.
+                    if let Some(reason) = state.redirect_withheld(output) {
+                        let missed = self.missed.entry(slot).or_default();
+                        missed.unreachable_now = reason == DropReason::Unreachable;
+                    }
+                }
                 self.look_up(entry, programs);
             }
         }
@@ -73,6 +105,8 @@ impl Redirected {
     /// Looks up what the kernel has counted of a rule.
     pub fn look_up(&mut self, entry: &Entry, programs: &Programs) {
         let Some(program) = programs.get(&entry.rule.input.interface) else { return };
+        // Read once more after what outputs got: what is on its way between the two they have not missed.
+        let Ok(earlier) = program.rule(entry.slot) else { return };
         let outputs: Vec<_> = entry
             .output_slots
             .iter()
@@ -81,7 +115,13 @@ impl Redirected {
         let Ok(counted) = program.rule(entry.slot) else { return };
         for (slot, totals) in outputs {
             let former = self.former.get(&slot).copied().unwrap_or_default();
-            self.outputs.insert(slot, sum(former, OfOutput { offered: offered(&counted), totals }));
+            let now = sum(former, OfOutput { offered: offered(&counted), totals });
+            self.outputs.insert(slot, now);
+            let missed = (former.offered + offered(&earlier)).saturating_sub(now.totals.received);
+            let its = self.missed.entry(slot).or_default();
+            let new = missed.saturating_sub(its.explained);
+            its.explained += new;
+            its.unreachable += if its.unreachable_now { new } else { 0 };
         }
         let before = self.counted.insert(entry.slot, counted);
         if before.is_some_and(|before| offered(&counted) > offered(&before)) {
