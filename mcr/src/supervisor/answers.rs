@@ -251,8 +251,10 @@ impl Daemon {
         let mut its = rules.filter(|rule| {
             rule.input.interface == id.interface && self.state.datapath_of(rule) == id.datapath
         });
-        let by_auto = its.any(|rule| rule.datapath.0.is_none());
-        DatapathChoice((!by_auto).then_some(id.datapath))
+        let named = |rule: &Rule| rule.datapath.0.is_some();
+        // One whose rules have all moved on was not asked for any more.
+        let by_name = its.next().is_some_and(named) && its.all(named);
+        DatapathChoice(by_name.then_some(id.datapath))
     }
 
     pub fn status(&self) -> Status {

@@ -402,15 +402,15 @@ impl Books {
     /// What the kernel did for an output by itself. What came while it was none of the outputs was pending, or
     /// unreachable.
     fn sent_by_kernel(&self, slot: OutputSlot) -> OutputTotals {
-        let OfOutput { offered, totals } = self.redirected.output(slot);
+        let OfOutput { totals, .. } = self.redirected.output(slot);
         let mut dropped = [0; DropReason::ALL.len()];
-        let unreachable = self.redirected.unreachable(slot);
+        let [pending, unreachable] = self.redirected.missed(slot);
+        dropped[DropReason::Pending as usize] = pending;
         dropped[DropReason::Unreachable as usize] = unreachable;
-        dropped[DropReason::Pending as usize] = offered.saturating_sub(totals.received + unreachable);
         dropped[DropReason::TooBig as usize] = totals.counters.too_big;
         dropped[DropReason::TtlExpired as usize] = totals.counters.ttl_expired;
         OutputTotals {
-            received: offered.max(totals.received),
+            received: totals.received + pending + unreachable,
             sent: totals.counters.rewritten,
             sent_bytes: totals.counters.rewritten_bytes,
             dropped,

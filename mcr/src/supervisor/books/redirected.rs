@@ -70,9 +70,10 @@ impl Redirected {
         self.missed.insert(slot, Missed { explained, ..Missed::default() });
     }
 
-    /// What an output missed because there was no neighbour for it.
-    pub fn unreachable(&self, slot: OutputSlot) -> u64 {
-        self.missed.get(&slot).map_or(0, |missed| missed.unreachable)
+    /// What an output missed: because its interface was not to be had, and because its neighbour was not.
+    pub fn missed(&self, slot: OutputSlot) -> [u64; 2] {
+        let Missed { explained, unreachable, .. } = self.missed.get(&slot).copied().unwrap_or_default();
+        [explained - unreachable, unreachable]
     }
 
     pub fn seen_ns(&self, slot: RuleSlot) -> u64 {
