@@ -31,7 +31,7 @@ pub(super) struct Redirected {
     /// Nanoseconds since 1970 at which a rule was seen to have gone on last.
     seen_ns: HashMap<RuleSlot, u64>,
     outputs: HashMap<OutputSlot, OfOutput>,
-    /// What programs counted that are no longer attached.
+    /// What programs counted that are no longer attached, less what is not the output's own. It wraps.
     former: HashMap<OutputSlot, OfOutput>,
 }
 
@@ -48,6 +48,15 @@ impl Redirected {
 
     pub fn output(&self, slot: OutputSlot) -> OfOutput {
         self.outputs.get(&slot).copied().unwrap_or_default()
+    }
+
+    /// What is to be added to what the maps show of an output. It wraps.
+    pub fn former(&self, slot: OutputSlot) -> OfOutput {
+        self.former.get(&slot).copied().unwrap_or_default()
+    }
+
+    pub fn set_former(&mut self, slot: OutputSlot, former: OfOutput) {
+        self.former.insert(slot, former);
     }
 
     pub fn seen_ns(&self, slot: RuleSlot) -> u64 {
@@ -80,8 +89,7 @@ impl Redirected {
             .collect();
         let Ok(counted) = program.rule(entry.slot) else { return };
         for (slot, totals) in outputs {
-            let former = self.former.get(&slot).copied().unwrap_or_default();
-            self.outputs.insert(slot, sum(former, OfOutput { offered: offered(&counted), totals }));
+            self.outputs.insert(slot, sum(self.former(slot), OfOutput { offered: offered(&counted), totals }));
         }
         let before = self.counted.insert(entry.slot, counted);
         if before.is_some_and(|before| offered(&counted) > offered(&before)) {
@@ -104,13 +112,15 @@ impl Redirected {
     }
 }
 
-fn sum(mut one: OfOutput, other: OfOutput) -> OfOutput {
-    one.offered += other.offered;
-    one.totals.received += other.totals.received;
+/// Offsets among them wrap.
+pub(super) fn sum(mut one: OfOutput, other: OfOutput) -> OfOutput {
+    let add = |sum: &mut u64, count: u64| *sum = sum.wrapping_add(count);
+    add(&mut one.offered, other.offered);
+    add(&mut one.totals.received, other.totals.received);
     let (sum, counters) = (&mut one.totals.counters, other.totals.counters);
-    sum.rewritten += counters.rewritten;
-    sum.rewritten_bytes += counters.rewritten_bytes;
-    sum.too_big += counters.too_big;
-    sum.ttl_expired += counters.ttl_expired;
+    add(&mut sum.rewritten, counters.rewritten);
+    add(&mut sum.rewritten_bytes, counters.rewritten_bytes);
+    add(&mut sum.too_big, counters.too_big);
+    add(&mut sum.ttl_expired, counters.ttl_expired);
     one
 }
