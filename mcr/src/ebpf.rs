@@ -24,7 +24,7 @@ use thiserror::Error;
 
 pub use self::{
     pinned::{Adopted, Carried, CarriedOutput, Former, Misfit, Unfit},
-    redirect::{RedirectOutput, RedirectTotals},
+    redirect::{RedirectOutput, RedirectTotals, Sets},
     steering::{Placement, Steering},
 };
 use crate::rule::InterfaceName;

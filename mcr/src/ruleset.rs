@@ -142,6 +142,23 @@ impl Slots {
         self.resting.insert(slot);
     }
 
+    /// Has a slot rest that was never taken here, if it is one.
+    fn reserve(&mut self, slot: u32) -> bool {
+        let unknown = slot < self.limit && (slot >= self.unused || self.free.contains(&slot));
+        if unknown {
+            self.free.extend(self.unused..slot);
+            self.free.remove(&slot);
+            self.unused = self.unused.max(slot + 1);
+            self.resting.insert(slot);
+        }
+        unknown
+    }
+
+    /// Takes a slot that rests.
+    fn claim(&mut self, slot: u32) -> bool {
+        self.resting.remove(&slot)
+    }
+
     fn release(&mut self) {
         self.free.append(&mut self.resting);
     }
@@ -154,6 +171,13 @@ fn identity(output: &Output) -> OutputIdentity {
     (output.destination, output.port, output.interface.clone())
 }
 
+/// The slots that a rule had under a daemon that is gone.
+#[derive(Clone, Debug)]
+struct Inherited {
+    slot: RuleSlot,
+    outputs: Vec<(OutputIdentity, OutputSlot)>,
+}
+
 /// All rules of a daemon.
 #[derive(Clone, Debug)]
 pub struct RuleSet {
@@ -164,6 +188,8 @@ pub struct RuleSet {
     fed: HashMap<OutputIdentity, BTreeSet<RuleName>>,
     rule_slots: Slots,
     output_slots: Slots,
+    /// What rules that are added shall have, by ingress interface and flow, until slots are released.
+    inherited: HashMap<(InterfaceName, FlowKey4), Inherited>,
 }
 
 /// Outputs of all rules together, for each rule that there may be.
@@ -177,6 +203,7 @@ impl RuleSet {
             fed: HashMap::new(),
             rule_slots: Slots::new(max_rules),
             output_slots: Slots::new(max_rules * OUTPUTS_PER_RULE),
+            inherited: HashMap::new(),
         }
     }
 
@@ -195,8 +222,26 @@ impl RuleSet {
 
     /// The slots of what was removed may be taken again: nothing bears them any more.
     pub fn release_slots(&mut self) {
+        self.inherited.clear();
         self.rule_slots.release();
         self.output_slots.release();
+    }
+
+    /// Keeps slots for the rule that has this flow, if it comes before slots are released: what the kernel still has for
+    /// it, and has counted, is by them. False if they are not to be had.
+    pub fn inherit(
+        &mut self,
+        interface: InterfaceName,
+        flow: FlowKey4,
+        slot: RuleSlot,
+        outputs: Vec<((Ipv4Addr, u16, InterfaceName), OutputSlot)>,
+    ) -> bool {
+        let free = self.rule_slots.reserve(slot.0)
+            && outputs.iter().all(|(_, slot)| self.output_slots.reserve(slot.0));
+        if free {
+            self.inherited.insert((interface, flow), Inherited { slot, outputs });
+        }
+        free
     }
 
     /// Says where a rule comes from now.
@@ -317,11 +362,41 @@ impl RuleSet {
 
     fn give_slots(&mut self, rule: Rule, origin: Origin) -> Result<Entry, Refusal> {
         let full = Refusal::Full { what: "rules", limit: self.rule_slots.limit };
-        let slot = RuleSlot(self.rule_slots.take(1).ok_or(full)?[0]);
-        match self.take_output_slots(rule.outputs.len()) {
+        let flow = (rule.input.interface.clone(), key(&rule.input));
+        let inherited = self.inherited.remove(&flow).filter(|had| self.rule_slots.claim(had.slot.0));
+        let (slot, had) = match inherited {
+            Some(Inherited { slot, outputs }) => (slot, outputs),
+            None => (RuleSlot(self.rule_slots.take(1).ok_or(full)?[0]), Vec::new()),
+        };
+        match self.give_output_slots(&rule, &had) {
             Ok(output_slots) => Ok(Entry { rule, origin, slot, output_slots }),
             Err(full) => {
                 self.rule_slots.give_back(slot.0);
+                Err(full)
+            }
+        }
+    }
+
+    /// The slots that outputs had, and new ones for the others.
+    fn give_output_slots(
+        &mut self,
+        rule: &Rule,
+        had: &[(OutputIdentity, OutputSlot)],
+    ) -> Result<Vec<OutputSlot>, Refusal> {
+        let mut slots: Vec<_> = rule
+            .outputs
+            .iter()
+            .map(|output| had.iter().find(|(known, _)| *known == identity(output)).map(|(_, slot)| *slot))
+            .map(|slot| slot.filter(|slot| self.output_slots.claim(slot.0)))
+            .collect();
+        let new = slots.iter().filter(|slot| slot.is_none()).count();
+        match self.take_output_slots(new) {
+            Ok(fresh) => {
+                let mut fresh = fresh.into_iter();
+                Ok(slots.into_iter().filter_map(|slot| slot.or_else(|| fresh.next())).collect())
+            }
+            Err(full) => {
+                slots.drain(..).flatten().for_each(|slot| self.output_slots.give_back(slot.0));
                 Err(full)
             }
         }

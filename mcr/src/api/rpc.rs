@@ -73,7 +73,7 @@ fn typed(method: &str, params: Map<String, Value>) -> Result<Request, Error> {
     match method {
         "ping" => none(method, &params, Request::Ping),
         "status" => none(method, &params, Request::Status),
-        "stop" => none(method, &params, Request::Stop),
+        "stop" => some(method, params).map(Request::Stop),
         "rule.add" => some(method, params).map(Request::RuleAdd),
         "rule.set" => some(method, params).map(Request::RuleSet),
         "rule.remove" => some(method, params).map(Request::RuleRemove),
@@ -158,7 +158,7 @@ pub struct Response<T> {
 mod tests {
     use super::*;
     use crate::{
-        api::wire::{ConfigLoad, LogLevel, RuleChange, RuleRef, RuleRemoval, RuleSpec, StatsQuery},
+        api::wire::{ConfigLoad, LogLevel, RuleChange, RuleRef, RuleRemoval, RuleSpec, StatsQuery, Stop},
         config::Source,
     };
 
@@ -175,7 +175,7 @@ mod tests {
         let requests = [
             Request::Ping,
             Request::Status,
-            Request::Stop,
+            Request::Stop(Stop { keep: true }),
             Request::RuleAdd(RuleSpec {
                 input: name(),
                 datapath: Some("auto".to_owned()),
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn a_notification_gets_no_answer() {
         let line = br#"{"jsonrpc":"2.0","method":"stop"}"#;
-        assert_eq!(parse(line), Incoming::Notification(Request::Stop));
+        assert_eq!(parse(line), Incoming::Notification(Request::Stop(Stop::default())));
         let line = br#"{"jsonrpc":"2.0","method":"halt"}"#;
         assert!(matches!(parse(line), Incoming::Ignored(_)));
     }

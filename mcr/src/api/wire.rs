@@ -42,7 +42,7 @@ pub enum Request {
     #[serde(rename = "status")]
     Status,
     #[serde(rename = "stop")]
-    Stop,
+    Stop(Stop),
     #[serde(rename = "rule.add")]
     RuleAdd(RuleSpec),
     #[serde(rename = "rule.set")]
@@ -527,11 +527,21 @@ pub struct LogLevelInfo {
     pub level: String,
 }
 
+/// Parameters of `stop`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Stop {
+    /// What the kernel does by itself, rules on the datapath `redirect`, goes on without the daemon.
+    pub keep: bool,
+}
+
 /// Answer to `stop`: the daemon has begun to end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stopping {
     pub schema: u32,
     pub pid: u32,
+    /// Rules that go on without the daemon.
+    pub kept: Vec<String>,
 }
 
 /// A JSON-RPC error object. `message` is one line for a person.

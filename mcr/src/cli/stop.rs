@@ -11,7 +11,7 @@ use std::{
 use anyhow::bail;
 
 use super::remote::Remote;
-use crate::api::wire::{Request, Stopping};
+use crate::api::wire::{Request, Stop, Stopping};
 
 /// How long a daemon may take to end.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -19,6 +19,9 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// End the daemon and wait until it has ended
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Let rules on the datapath redirect go on without it, until the next `mcr run`
+    #[arg(long)]
+    keep: bool,
     #[command(flatten)]
     remote: Remote,
 }
@@ -27,7 +30,7 @@ impl Args {
     pub fn run(self) -> anyhow::Result<()> {
         let mut client = self.remote.connect()?;
         let daemon = Daemon { socket: identity(self.remote.control()), pid: client.daemon_pid() };
-        let stopping: Stopping = client.call(&Request::Stop)?;
+        let stopping: Stopping = client.call(&Request::Stop(Stop { keep: self.keep }))?;
         let deadline = Instant::now() + DEADLINE;
         while daemon.is_there(self.remote.control()) {
             if Instant::now() > deadline {
@@ -39,7 +42,14 @@ impl Args {
             }
             thread::sleep(Duration::from_millis(10));
         }
-        self.remote.show(&stopping, |stopping, _| format!("stopped (pid {})\n", stopping.pid))
+        self.remote.show(&stopping, |stopping, _| {
+            let kept = match (self.keep, stopping.kept.is_empty()) {
+                (false, _) => String::new(),
+                (true, true) => "; no rule goes on: none is on the datapath redirect".to_owned(),
+                (true, false) => format!("; these go on without it: {}", stopping.kept.join(", ")),
+            };
+            format!("stopped (pid {}){kept}\n", stopping.pid)
+        })
     }
 }
 

@@ -306,10 +306,10 @@ mod tests {
         for state in [Reachable, Stale, Delay, Probe] {
             assert_eq!(read(Some((Some(new), state)), false), (Some(new), false), "{state}");
         }
-        for gone in [Option::None, Some((Option::None, Incomplete))] {
+        for gone in [None, Some((None, Incomplete))] {
             assert_eq!(read(gone, false), (Some(old), true), "{gone:?}");
-            assert_eq!(read(gone, true), (Option::None, true), "{gone:?}");
+            assert_eq!(read(gone, true), (None, true), "{gone:?}");
         }
-        assert_eq!(read(Some((Option::None, Failed)), false), (Option::None, true));
+        assert_eq!(read(Some((None, Failed)), false), (None, true));
     }
 }

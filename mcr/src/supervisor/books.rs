@@ -4,6 +4,7 @@
 //! end with it: the books keep what was counted before, so that what they show only goes on.
 
 mod equations;
+mod inherited;
 mod redirected;
 
 use std::{
@@ -16,7 +17,10 @@ use std::{
 
 use mcr_common::{abi::verdicts_of, counters::RuleCounters};
 
-pub use self::equations::InFlight;
+pub use self::{
+    equations::InFlight,
+    inherited::{Counted, Offsets},
+};
 
 use self::redirected::OfOutput;
 use crate::{
@@ -187,10 +191,15 @@ pub struct Books {
     former_tenants: HashMap<InterfaceName, u64>,
     /// What a slot had counted when its output got it.
     output_bases: HashMap<OutputSlot, OutputTotals>,
-    /// What programs counted that are no longer attached.
+    /// The kernel's part of these.
+    kernel_output_bases: HashMap<OutputSlot, OfOutput>,
+    /// What programs counted that are no longer attached, less what is not the rule's own. It wraps.
     former_rules: HashMap<RuleSlot, RuleCounters>,
     former_verdicts: BTreeMap<(InterfaceName, Datapath), BTreeMap<&'static str, u64>>,
     former_steered: BTreeMap<(InterfaceName, QueueId), u64>,
+    /// What programs had given to sockets when this daemon took them over.
+    steered_bases: HashMap<(InterfaceName, Datapath), u64>,
+    inherited: inherited::Inherited,
     /// Which worker serves a queue, or did last, and which of its own queues that is.
     served: BTreeMap<(InterfaceName, QueueId), (WorkerId, usize)>,
     /// What the kernel had counted of rules when they were looked at last, and the verdicts then.
@@ -212,14 +221,16 @@ fn verdicts_of(datapath: Datapath) -> u32 {
     if datapath == Datapath::AfPacket { verdicts_of::FILTER } else { verdicts_of::XDP }
 }
 
+/// Offsets among them wrap.
 fn add_rule(sum: &mut RuleCounters, counters: &RuleCounters) {
-    sum.matched += counters.matched;
-    sum.no_worker += counters.no_worker;
-    sum.looped += counters.looped;
-    sum.redirected += counters.redirected;
-    sum.no_output += counters.no_output;
-    sum.not_redirected += counters.not_redirected;
-    sum.redirect_bytes += counters.redirect_bytes;
+    let add = |sum: &mut u64, count: u64| *sum = sum.wrapping_add(count);
+    add(&mut sum.matched, counters.matched);
+    add(&mut sum.no_worker, counters.no_worker);
+    add(&mut sum.looped, counters.looped);
+    add(&mut sum.redirected, counters.redirected);
+    add(&mut sum.no_output, counters.no_output);
+    add(&mut sum.not_redirected, counters.not_redirected);
+    add(&mut sum.redirect_bytes, counters.redirect_bytes);
 }
 
 /// Datagrams of a rule that went on to its workers.
@@ -240,6 +251,9 @@ impl Books {
             tenants: HashMap::new(),
             former_tenants: HashMap::new(),
             output_bases: HashMap::new(),
+            kernel_output_bases: HashMap::new(),
+            steered_bases: HashMap::new(),
+            inherited: inherited::Inherited::default(),
             former_rules: HashMap::new(),
             former_verdicts: BTreeMap::new(),
             former_steered: BTreeMap::new(),
@@ -277,8 +291,14 @@ impl Books {
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
-            self.redirected.open(*slot);
-            self.output_bases.insert(*slot, self.raw_output(*slot));
+            let goes_on = self.inherited.outputs.remove(slot);
+            self.redirected.open(*slot, goes_on);
+            let (base, kernel_base) = match goes_on {
+                true => Default::default(),
+                false => (self.raw_output(*slot), self.redirected.output(*slot)),
+            };
+            self.output_bases.insert(*slot, base);
+            self.kernel_output_bases.insert(*slot, kernel_base);
             self.output_rates.samples.remove(slot);
             self.output_byte_rates.samples.remove(slot);
         }
@@ -292,8 +312,11 @@ impl Books {
             let steered = steered_of(&kernel).saturating_sub(steered_of(&former.kernel_base));
             *self.former_tenants.entry(former.interface).or_default() += steered;
         }
-        let kernel_base = self.kernel_rule(entry.slot, &input.interface, programs).unwrap_or_default();
-        let base = self.raw_rule(entry.slot, kernel_base);
+        let (mut base, mut kernel_base) = Default::default();
+        if !self.inherited.rules.remove(&entry.slot) {
+            kernel_base = self.kernel_rule(entry.slot, &input.interface, programs).unwrap_or_default();
+            base = self.raw_rule(entry.slot, kernel_base);
+        }
         let group = (input.group, input.port);
         let mut mixed = false;
         for other in self.tenants.values_mut() {
@@ -410,7 +433,7 @@ impl Books {
         dropped[DropReason::TooBig as usize] = totals.counters.too_big;
         dropped[DropReason::TtlExpired as usize] = totals.counters.ttl_expired;
         OutputTotals {
-            received: totals.received + pending + unreachable,
+            received: totals.received.wrapping_add(pending + unreachable),
             sent: totals.counters.rewritten,
             sent_bytes: totals.counters.rewritten_bytes,
             dropped,
@@ -467,6 +490,9 @@ impl Books {
             for (name, count) in verdicts {
                 *totals.verdicts.entry(name).or_default() += count;
             }
+        }
+        if let Some(steered) = totals.verdicts.get_mut("steered") {
+            *steered -= self.steered_bases.get(&(interface.clone(), datapath)).copied().unwrap_or_default();
         }
         let packets = self.packets.iter().chain(&self.former_packets);
         let its = packets.filter(|(id, _)| id.is_of(interface, datapath));
@@ -590,7 +616,8 @@ impl Books {
 
     fn steered(&self, interface: &InterfaceName, queue: QueueId, programs: &Programs) -> u64 {
         let now = programs.get(interface).and_then(|program| program.steered(queue).ok()).unwrap_or_default();
-        now + self.former_steered.get(&(interface.clone(), queue)).copied().unwrap_or_default()
+        let former = self.former_steered.get(&(interface.clone(), queue)).copied().unwrap_or_default();
+        now.wrapping_add(former)
     }
 
     /// Keeps what a program counted that is about to be detached.
@@ -605,17 +632,19 @@ impl Books {
         }
         for datapath in [Datapath::AfXdp, Datapath::AfPacket] {
             let served = self.ledgers.keys().any(|id| id.interface == *interface && id.datapath == datapath);
+            let base = self.steered_bases.remove(&(interface.clone(), datapath)).unwrap_or_default();
             let Ok(verdicts) = program.verdicts(verdicts_of(datapath)) else { continue };
             if served {
                 let former = self.former_verdicts.entry((interface.clone(), datapath)).or_default();
                 for (name, count) in verdicts {
-                    *former.entry(name).or_default() += count;
+                    *former.entry(name).or_default() += count - if name == "steered" { base } else { 0 };
                 }
             }
         }
         for queue in (0..self.layout.queues).map(QueueId) {
             if let Ok(steered) = program.steered(queue) {
-                *self.former_steered.entry((interface.clone(), queue)).or_default() += steered;
+                let former = self.former_steered.entry((interface.clone(), queue)).or_default();
+                *former = former.wrapping_add(steered);
             }
         }
     }

@@ -9,7 +9,7 @@ use crate::{
         server::Call,
         wire::{
             self, Error, LogLevel, LogLevelInfo, Outcome, Pong, Request, RuleChange, RuleOutcome,
-            RuleRemoval, RuleSpec, SCHEMA, Stopping,
+            RuleRemoval, RuleSpec, SCHEMA, Stop, Stopping,
         },
     },
     rule::{DatapathChoice, Input, Origin, Output, OutputSlot, Rule, RuleName},
@@ -51,7 +51,7 @@ impl Daemon {
                 | Request::ConfigConfirm
                 | Request::ConfigRollback
                 | Request::ConfigSave
-                | Request::Stop
+                | Request::Stop(_)
         );
         if changes {
             info!(uid = call.peer.uid, pid = call.peer.pid, request = ?call.request, "asked");
@@ -60,11 +60,16 @@ impl Daemon {
             let files: Vec<_> = load.sources.iter().map(|source| &source.file).collect();
             info!(uid = call.peer.uid, pid = call.peer.pid, ?files, load.dry_run, "asked to load");
         }
-        let stops = matches!(call.request, Request::Stop);
+        let stops = match &call.request {
+            Request::Stop(Stop { keep }) => Some(*keep),
+            _ => None,
+        };
         let answer = self.perform(call.request).await;
+        let done = answer.is_ok();
         // A client that has gone misses its answer, nothing else.
         let _ = call.reply.send(answer);
-        if stops {
+        if let Some(keep) = stops.filter(|_| done) {
+            self.keeps = keep;
             self.stop.notify_one();
         }
     }
@@ -81,7 +86,7 @@ impl Daemon {
                 pid: std::process::id(),
             }),
             Request::Status => json(&self.status()),
-            Request::Stop => json(&Stopping { schema: SCHEMA, pid: std::process::id() }),
+            Request::Stop(stop) => self.stopping(&stop),
             Request::RuleAdd(spec) => self.add_rule(&spec).await,
             Request::RuleSet(change) => self.set_rule(&change).await,
             Request::RuleRemove(removal) => self.remove_rule(&removal).await,
@@ -97,6 +102,20 @@ impl Daemon {
             Request::LogLevelGet => json(&self.log_level()),
             Request::LogLevelSet(level) => self.set_log_level(&level).await,
         }
+    }
+
+    /// Answers before the daemon ends.
+    fn stopping(&mut self, Stop { keep }: &Stop) -> Answer {
+        let mut kept = Vec::new();
+        if *keep {
+            self.tend_memberships().map_err(|why| {
+                Error::refused(format!(
+                    "what is relayed would not be joined any more: {why}; stop it without --keep"
+                ))
+            })?;
+            kept.extend(self.state.redirected().map(|entry| entry.rule.name.to_string()));
+        }
+        json(&Stopping { schema: SCHEMA, pid: std::process::id(), kept })
     }
 
     async fn add_rule(&mut self, spec: &RuleSpec) -> Answer {

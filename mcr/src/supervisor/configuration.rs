@@ -353,7 +353,9 @@ impl Daemon {
             source_port: self.settings.source_port.is_none().then_some(self.source_port),
             rules: by_command.chain(parked).collect(),
             confirmed: self.configuration.stray.then(|| self.configuration.confirmed.clone()),
+            offsets: self.books.offsets(self.state.redirected()),
         };
+        self.journal_is_old = false;
         let failure = self.journal.keep(&memory).err().map(|error| {
             let path = self.journal.path().display();
             format!("rules that are added by command would not survive the daemon: {path} cannot be written: {error}")

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use mcr_common::flow::{FlowKey4, FlowValue};
 
 use crate::{
-    ebpf::RedirectOutput,
+    ebpf::{RedirectOutput, Sets},
     net::{egress_socket::EgressKey, links::Links, membership::Membership, neighbours::NextHops},
     rule::{Datapath, IfIndex, InterfaceName, RuleSlot},
     worker::protocol::{CompiledRule, PacketRing},
@@ -67,6 +67,22 @@ pub struct Fanout {
     pub ring: PacketRing,
 }
 
+/// A membership, and whether it is to outlive the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Joined {
+    pub membership: Membership,
+    pub outlives: bool,
+}
+
+/// What the kernel has on an interface of a daemon that is gone.
+#[derive(Clone, Debug, Default)]
+pub struct Inheritance {
+    pub flows: Vec<(FlowKey4, FlowValue)>,
+    pub sets: Sets,
+    /// A program runs there that ours is to succeed: it has its own maps, and goes on by them until then.
+    pub to_succeed: bool,
+}
+
 /// Which interfaces take frames that the kernel redirects, and what of theirs that would pass by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Targets {
@@ -91,8 +107,8 @@ pub enum Event {
     Targets(Targets),
     /// What could not be joined is to be tried again.
     JoinsDue,
-    /// The daemon is to end.
-    Stop,
+    /// The daemon is to end; what the kernel does by itself goes on if that is to be kept.
+    Stop { keep: bool },
 }
 
 /// Why an effect could not be carried out.
@@ -183,6 +199,6 @@ pub enum Effect {
     },
     /// Wait until no program that runs can still act on a deleted flow.
     Barrier,
-    Join(Membership),
-    Leave(Membership),
+    Join(Joined),
+    Leave(Joined),
 }

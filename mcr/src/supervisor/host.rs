@@ -194,8 +194,8 @@ fn warn_of_private_mounts(pin_root: &Path) {
 }
 
 impl Namespace {
-    /// Makes the place of the pins an account's, and what a dead daemon of another user left there: directories
-    /// of a bpffs, never what a link leads to, and never all of the bpffs.
+    /// Makes the place of the pins an account's, and what a dead daemon of another user left there: what is in a
+    /// bpffs, never what a link leads to, and never all of the bpffs.
     pub fn give_to(&self, account: &Account) -> anyhow::Result<()> {
         let root = self.root();
         let failed = || format!("{} cannot be handed over", root.display());
@@ -205,28 +205,24 @@ impl Namespace {
             return Err(error).with_context(failed);
         }
         let mut places = vec![self.pins.clone()];
-        places.extend(directories(&self.pins));
+        for place in directories(&self.pins) {
+            let pins = fs::read_dir(&place).into_iter().flatten().flatten().map(|entry| entry.path());
+            places.extend(pins.filter(|pin| !pin.is_symlink()));
+            places.push(place);
+        }
         if !is_mount(root) {
             places.push(root.to_owned());
         }
         let ours = is_directory(root);
-        for place in places.iter().filter(|place| ours && is_directory(place) && is_bpffs(place)) {
+        for place in places.iter().filter(|place| ours && !place.is_symlink() && is_bpffs(place)) {
             privileges::give(place, account).with_context(failed)?;
         }
         Ok(())
     }
 
-    /// Clears what a killed daemon left: its pins, and with them its programs. With the power of the daemon alone, and
-    /// no further than links.
-    pub fn clear_leftovers(&self) {
-        if !is_directory(self.root()) {
-            return;
-        }
-        for place in directories(&self.pins) {
-            warn!(pins = %place.display(), "cleared what a killed daemon left");
-            crate::ebpf::clear_pins(&place);
-        }
-        let _ = fs::remove_dir(&self.pins);
+    /// Where a daemon that is gone left pins, each directory with the interface of its name. No further than links.
+    pub fn leftovers(&self) -> Vec<PathBuf> {
+        if is_directory(self.root()) { directories(&self.pins) } else { Vec::new() }
     }
 
     /// Refuses to go on where pins cannot be made.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::{api::wire::RuleSpec, config::Source, sys::whole_file};
+use crate::{api::wire::RuleSpec, config::Source, supervisor::books::Offsets, sys::whole_file};
 
 /// What is remembered.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +24,9 @@ pub struct Memory {
     /// The files as they were confirmed last, while those on the disk hold a load that nobody confirmed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confirmed: Option<Vec<Source>>,
+    /// What of the counters in the kernel is each rule's own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub offsets: Vec<Offsets>,
 }
 
 /// The first word of a journal, with the version of its form.
@@ -131,6 +134,7 @@ fn read(path: &Path) -> Result<Option<Memory>, Torn> {
             "the machine has been started anew: rules that were added by command are gone, as they should"
         );
         memory.kept.rules.clear();
+        memory.kept.offsets.clear();
     }
     Ok(Some(memory.kept))
 }
@@ -173,7 +177,7 @@ mod tests {
             outputs: vec!["239.2.2.2:6000@eth1".to_owned()],
             ..RuleSpec::default()
         };
-        Memory { source_port: Some(40_000), rules: vec![rule], confirmed: None }
+        Memory { source_port: Some(40_000), rules: vec![rule], ..Memory::default() }
     }
 
     fn written() -> String {

@@ -10,6 +10,7 @@ mod configuration;
 mod devices;
 pub mod event;
 mod host;
+mod inheritance;
 pub mod journal;
 mod log;
 mod run;

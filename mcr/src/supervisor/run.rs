@@ -37,14 +37,14 @@ use crate::{
         redirect_target::takes_redirects,
     },
     rule::{Datapath, DatapathChoice, IfIndex, InterfaceName, QueueId, Rule, RuleSlot},
-    ruleset::{Entry, OUTPUTS_PER_RULE},
+    ruleset::{Entry, OUTPUTS_PER_RULE, RuleSet},
     supervisor::{
         Launch,
         balance::{Balance, Subject},
         books::{Books, Programs},
         configuration::{Configuration, overdue},
         devices::Devices,
-        event::{Effect, Event, Failure, Fanout, FrameSource, Targets, WorkerId, WorkerSpec},
+        event::{Effect, Event, Failure, Fanout, FrameSource, Joined, Targets, WorkerId, WorkerSpec},
         host::{self, Namespace},
         journal::Journal,
         log::LogControl,
@@ -104,19 +104,27 @@ pub struct Daemon {
     pub journal: Journal,
     /// What keeps rules that are added by command from outliving the daemon, if something does.
     pub journal_failure: Option<String>,
+    /// What is to be remembered has changed.
+    pub journal_is_old: bool,
     pub source_port: u16,
     /// Interfaces of which it has been said that `auto` takes AF_PACKET there.
     fallbacks: BTreeSet<InterfaceName>,
     /// What redirected frames would pass by; `auto` redirects nothing where that cannot be known.
     hooks: Option<EgressHooks>,
-    object: Object,
+    pub object: Object,
     neighbours: NeighbourWatch,
     memberships: Memberships,
+    /// Those that are to outlive the daemon.
+    pub kept: Memberships,
+    /// Why these would not, if they would not.
+    holder_failure: Option<String>,
     pins: PathBuf,
     events: mpsc::UnboundedSender<Event>,
     ends: mpsc::UnboundedSender<End>,
     /// Wakes the loop up to end.
     pub stop: Arc<Notify>,
+    /// What the kernel does by itself goes on when the daemon ends.
+    pub keeps: bool,
 }
 
 /// The daemon's life.
@@ -148,12 +156,12 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
     if limits.no_bpf.is_none() {
         namespace.check_pins()?;
     }
-    namespace.clear_leftovers();
     let (journal, memory) = Journal::open(lock.journal());
     let source_port = hold_source_port(settings.source_port, memory.source_port)?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
     let neighbours = NeighbourWatch::open().context("the neighbours cannot be watched by netlink")?;
+    let first = links.snapshot().await.context("the interfaces cannot be read by netlink")?;
 
     let limits = Limits { source_port: source_port.get(), ..limits };
     let layout = Layout {
@@ -177,20 +185,29 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         configuration: Configuration::new(launch),
         journal,
         journal_failure: None,
+        journal_is_old: false,
         source_port: source_port.get(),
         fallbacks: BTreeSet::new(),
         hooks,
         object,
         neighbours,
         memberships: Memberships::default(),
+        kept: Memberships::default(),
+        holder_failure: None,
         pins: namespace.pins.clone(),
         events,
         ends,
         stop: Arc::new(Notify::new()),
+        keeps: false,
         settings,
     };
+    // Nothing that was left is touched unless this daemon can start.
+    RuleSet::new(daemon.settings.max_rules).reload(config.rules.clone())?;
+    daemon.state.apply(Event::Links(first));
+    daemon.inherit(&namespace, &links, &memory.offsets).await;
     daemon.load_first(config, memory.confirmed)?;
     daemon.recall(memory.rules);
+    daemon.books.end_inheritance();
     daemon.remember();
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -198,9 +215,10 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         source_port = source_port.get(),
         "ready"
     );
-    daemon.serve(listener, links, incoming, ended).await?;
+    let served = daemon.serve(listener, links, incoming, ended).await;
+    daemon.end();
     leave(namespace, lock);
-    Ok(())
+    served
 }
 
 /// What the settings and this host give, or why they give too little.
@@ -312,6 +330,7 @@ impl Daemon {
         let mut hooks = EgressHooks::open().ok();
 
         self.read_links(&links).await;
+        self.settle().await;
         loop {
             tokio::select! {
                 _ = terminate.recv() => { info!("SIGTERM: ending"); break }
@@ -343,9 +362,10 @@ impl Daemon {
                     self.end_hung_workers();
                     self.check_ledger();
                     self.clear_socket_errors();
-                    if self.journal_failure.is_some() {
+                    if self.journal_failure.is_some() || self.journal_is_old {
                         self.remember();
                     }
+                    let _ = self.tend_memberships();
                     self.books.follow_redirected(&self.state, &self.programs);
                     self.books.sample(&self.state);
                     self.read_targets().await;
@@ -377,8 +397,32 @@ impl Daemon {
                 _ = &mut serving => break,
             }
         }
-        self.take(Event::Stop).await;
+        self.take(Event::Stop { keep: self.keeps }).await;
         Ok(())
+    }
+
+    /// Lets go of all that is to end with the daemon, and of nothing else.
+    fn end(&mut self) {
+        if self.keeps {
+            self.remember();
+            std::mem::take(&mut self.programs).into_values().for_each(Steering::keep);
+        } else if let Err(error) = std::mem::take(&mut self.kept).release() {
+            warn!(%error, "the holder of memberships cannot be ended");
+        }
+    }
+
+    /// Has the memberships that are to outlive the daemon held.
+    ///
+    /// # Errors
+    ///
+    /// Why they would not; said in the log once.
+    pub fn tend_memberships(&mut self) -> Result<(), String> {
+        let failure = self.kept.tend().err().map(|error| error.to_string());
+        if let Some(why) = failure.as_ref().filter(|_| failure != self.holder_failure) {
+            warn!("memberships of redirected rules would end with the daemon: {why}");
+        }
+        self.holder_failure.clone_from(&failure);
+        failure.map_or(Ok(()), Err)
     }
 
     /// Whether an interface that rules come in on has another number of RX queues: netlink does not tell.
@@ -550,6 +594,7 @@ impl Daemon {
             let plan = self.state.plan();
             if plan.is_empty() {
                 self.warn_of_fallbacks();
+                let _ = self.tend_memberships();
                 if self.devices.awaits(&self.state) {
                     self.read_devices().await;
                 }
@@ -613,6 +658,7 @@ impl Daemon {
                 });
                 self.books.program_ends(interface, &self.state, &self.programs);
                 self.programs.remove(interface);
+                self.journal_is_old = true;
                 Ok(())
             }
             Effect::StartWorker { id, spec } => self.start_worker(id, spec).await,
@@ -636,6 +682,7 @@ impl Daemon {
                 Ok(())
             }
             Effect::SetOutputs { interface, rules } => {
+                self.journal_is_old = true;
                 for (slot, _) in rules {
                     self.books.redirects(*slot);
                 }
@@ -658,16 +705,23 @@ impl Daemon {
                 barrier().await;
                 Ok(())
             }
-            Effect::Join(membership) => self
-                .memberships
+            Effect::Join(Joined { membership, outlives }) => self
+                .memberships_that(*outlives)
                 .join(*membership)
                 .map_err(|error| Failure::Refused(join_refused(membership, &error))),
-            Effect::Leave(membership) => self.memberships.leave(*membership).map_err(|error| refused(&error)),
+            Effect::Leave(Joined { membership, outlives }) => {
+                let left = self.memberships_that(*outlives).leave(*membership);
+                left.map_err(|error| refused(&error))
+            }
             Effect::OpenEgress { id, .. }
             | Effect::CloseEgress { id, .. }
             | Effect::UpsertRule { id, .. }
             | Effect::RemoveRule { id, .. } => self.tell_worker(id, effect).await,
         }
+    }
+
+    fn memberships_that(&mut self, outlive: bool) -> &mut Memberships {
+        if outlive { &mut self.kept } else { &mut self.memberships }
     }
 
     /// Has the kernel send rules' datagrams on to these outputs.
@@ -705,7 +759,7 @@ impl Daemon {
         Targets { refusals, hooks }
     }
 
-    fn placement<'a>(&self, interface: &'a InterfaceName) -> Result<Placement<'a>, String> {
+    pub fn placement<'a>(&self, interface: &'a InterfaceName) -> Result<Placement<'a>, String> {
         let link = self.state.links().get(interface).ok_or_else(|| format!("{interface} does not exist"))?;
         Ok(Placement {
             interface,
@@ -735,15 +789,7 @@ impl Daemon {
         program.attach(&placement, self.settings.generic_xdp).map_err(|error| one_line(&error))?;
         let mode = if program.is_generic() { "generic XDP attached" } else { "native XDP attached" };
         info!(%interface, kind = placement.kind, "{mode}");
-        if let Some(mut logger) = program.logger() {
-            info!(%interface, "the XDP program logs");
-            tokio::spawn(async move {
-                loop {
-                    logger.flush();
-                    sleep(Duration::from_millis(100)).await;
-                }
-            });
-        }
+        follow_log(interface, program);
         Ok(())
     }
 
@@ -892,6 +938,18 @@ impl Daemon {
         };
         told.map_err(|error| self.worker_failed(id, &one_line(&error)))
     }
+}
+
+/// Passes on what the XDP program logs, if it was built to.
+pub fn follow_log(interface: &InterfaceName, program: &mut Steering) {
+    let Some(mut logger) = program.logger() else { return };
+    info!(%interface, "the XDP program logs");
+    tokio::spawn(async move {
+        loop {
+            logger.flush();
+            sleep(Duration::from_millis(100)).await;
+        }
+    });
 }
 
 /// Says which neighbours answer no more, and which do again.

@@ -11,14 +11,17 @@ use std::{
     time::Duration,
 };
 
-use mcr_common::flow::{FlowKey4, FlowValue, action};
+use mcr_common::{
+    flow::{FlowKey4, FlowValue, action},
+    redirect::Rewrite,
+};
 
 use crate::{
     datapath::{
         self, af_packet, af_xdp,
         budget::{self, HostLimits, Shortfall},
     },
-    ebpf::RedirectOutput,
+    ebpf::{RedirectOutput, Sets},
     net::{
         egress_socket::EgressKey,
         links::{Link, Links},
@@ -30,7 +33,9 @@ use crate::{
         RuleSlot, Ttl,
     },
     ruleset::{self, Amendment, Change, Entry, Refusal, RuleSet},
-    supervisor::event::{Effect, Event, Failure, Fanout, FrameSource, Targets, WorkerId, WorkerSpec},
+    supervisor::event::{
+        Effect, Event, Failure, Fanout, FrameSource, Inheritance, Joined, Targets, WorkerId, WorkerSpec,
+    },
     sys::multicast::multicast_mac,
     worker::{
         ledger::DropReason,
@@ -91,9 +96,6 @@ pub struct Mishaps {
     waiting: bool,
 }
 
-/// Outputs by rule, as the kernel has them.
-type Outputs = BTreeMap<RuleSlot, Vec<RedirectOutput>>;
-
 /// Flow tables by interface.
 type Flows = BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>;
 
@@ -103,6 +105,8 @@ struct Served {
     index: IfIndex,
     /// The XDP program is attached.
     xdp: bool,
+    /// It is a former one, which ours succeeds once it has all that it needs.
+    former: bool,
     fanout: Option<Fanout>,
 }
 
@@ -127,10 +131,10 @@ struct JoinRefusal {
 struct Actual {
     served: BTreeMap<InterfaceName, Served>,
     flows: Flows,
-    memberships: BTreeSet<Membership>,
+    memberships: BTreeSet<Joined>,
     workers: BTreeMap<WorkerId, Running>,
     /// Outputs that the kernel itself sends on to.
-    outputs: BTreeMap<InterfaceName, Outputs>,
+    outputs: BTreeMap<InterfaceName, Sets>,
     /// A flow was deleted or moved, and nobody has waited yet for the programs that may still act on it.
     barrier_due: bool,
 }
@@ -178,13 +182,15 @@ pub struct State {
     /// Why the kernel cannot send on what comes in on an interface.
     output_failures: BTreeMap<InterfaceName, String>,
     flow_failures: BTreeMap<InterfaceName, BTreeMap<FlowKey4, String>>,
-    join_refusals: BTreeMap<Membership, JoinRefusal>,
+    join_refusals: BTreeMap<Joined, JoinRefusal>,
     egress_failures: BTreeMap<EgressKey, String>,
     mishaps: BTreeMap<WorkerId, Mishaps>,
     egress_ids: EgressIds,
     /// CPU of each worker, kept across restarts.
     cpus: BTreeMap<WorkerId, u32>,
     stopping: bool,
+    /// What the kernel does by itself goes on when the daemon ends.
+    keeps: bool,
 }
 
 impl State {
@@ -207,7 +213,48 @@ impl State {
             egress_ids: EgressIds::default(),
             cpus: BTreeMap::new(),
             stopping: false,
+            keeps: false,
         }
+    }
+
+    /// Takes over what the kernel has on an interface of a daemon that is gone; before there are rules. False if it does not
+    /// go together with what was taken over before.
+    pub fn inherit(&mut self, interface: &InterfaceName, found: &Inheritance) -> bool {
+        let Some(index) = self.links.get(interface).map(|link| link.index) else { return false };
+        let name = |index| self.links.iter().find(|(_, link)| link.index == index).map(|(name, _)| name);
+        for (key, flow) in found.flows.iter().filter(|(_, flow)| relays(flow.action)) {
+            let slot = RuleSlot(flow.rule);
+            let outputs = found.sets.get(&slot).into_iter().flatten().filter_map(|output| {
+                let Rewrite { destination, destination_port, .. } = output.rewrite;
+                let port = u16::from_be_bytes(destination_port);
+                Some(((destination.into(), port, name(output.egress)?.clone()), output.slot))
+            });
+            if !self.rules.inherit(interface.clone(), *key, slot, outputs.collect()) {
+                return false;
+            }
+        }
+        let served = Served { index, xdp: true, former: found.to_succeed, fanout: None };
+        self.actual.served.insert(interface.clone(), served);
+        if !found.to_succeed {
+            self.actual.flows.insert(interface.clone(), found.flows.iter().copied().collect());
+            self.actual.outputs.insert(interface.clone(), found.sets.clone());
+        }
+        true
+    }
+
+    /// Takes over what is joined already.
+    pub fn inherit_memberships(&mut self, held: impl Iterator<Item = Membership>) {
+        let joined = held.map(|membership| Joined { membership, outlives: true });
+        self.actual.memberships.extend(joined);
+    }
+
+    /// The rules whose datagrams the kernel sends on by itself.
+    pub fn redirected(&self) -> impl Iterator<Item = &Entry> {
+        self.rules.iter().filter(|entry| {
+            let flows = self.actual.flows.get(&entry.rule.input.interface);
+            let flow = flows.and_then(|flows| flows.get(&ruleset::key(&entry.rule.input)));
+            flow.is_some_and(|flow| flow.action == action::REDIRECT)
+        })
     }
 
     pub fn rules(&self) -> &RuleSet {
@@ -280,8 +327,8 @@ impl State {
 
     /// Whether it is known already that a group cannot be joined, and why.
     pub fn knows_refusal(&self, effect: &Effect, why: &str) -> bool {
-        let Effect::Join(membership) = effect else { return false };
-        self.join_refusals.get(membership).is_some_and(|refusal| refusal.why == why)
+        let Effect::Join(joined) = effect else { return false };
+        self.join_refusals.get(joined).is_some_and(|refusal| refusal.why == why)
     }
 
     /// Whether XDP waits for somebody else's program to go, which nothing tells.
@@ -428,7 +475,7 @@ impl State {
         let entry = self.rules.remove(name)?;
         if !self.join_refusals.is_empty() {
             let wanted = self.wanted_memberships();
-            self.join_refusals.retain(|membership, _| wanted.contains(membership));
+            self.join_refusals.retain(|joined, _| wanted.contains(joined));
         }
         // There is room for another flow.
         self.flow_failures.remove(&entry.rule.input.interface);
@@ -472,7 +519,7 @@ impl State {
             }
             Event::Targets(targets) => self.targets = targets,
             Event::JoinsDue => self.join_refusals.values_mut().for_each(|refusal| refusal.stale = true),
-            Event::Stop => self.stopping = true,
+            Event::Stop { keep } => (self.stopping, self.keeps) = (true, keep),
         }
         Vec::new()
     }
@@ -553,6 +600,7 @@ impl State {
         self.plan_joins(&memberships, &mut effects);
         self.plan_flows(&wanted, relays, &mut effects);
         self.plan_flow_removals(&wanted, bars, &mut effects);
+        self.plan_successions(&mut effects);
         if effects.is_empty() {
             self.rules.release_slots();
         }
@@ -616,9 +664,26 @@ impl State {
     /// The flows of every interface that serves rules.
     fn wanted_flows(&self) -> Flows {
         if self.stopping {
-            return Flows::new();
+            return self.kept_flows();
         }
         self.actual.served.keys().map(|name| (name.clone(), self.flows_of(name))).collect()
+    }
+
+    /// The slots of rules that go on when the daemon ends.
+    fn kept_slots(&self) -> BTreeSet<RuleSlot> {
+        self.redirected().filter(|_| self.keeps).map(|entry| entry.slot).collect()
+    }
+
+    /// The flows that stay when the daemon ends: those of rules that go on, and what bars their loops.
+    fn kept_flows(&self) -> Flows {
+        let slots = self.kept_slots();
+        let stays = |flow: &FlowValue| {
+            slots.contains(&RuleSlot(flow.rule)) && matches!(flow.action, action::REDIRECT | action::LOOP)
+        };
+        let kept = |flows: &BTreeMap<FlowKey4, FlowValue>| {
+            flows.iter().filter(|(_, flow)| stays(flow)).map(|(key, flow)| (*key, *flow)).collect()
+        };
+        self.actual.flows.iter().map(|(name, flows)| (name.clone(), kept(flows))).collect()
     }
 
     fn flows_of(&self, interface: &InterfaceName) -> BTreeMap<FlowKey4, FlowValue> {
@@ -697,7 +762,7 @@ impl State {
     }
 
     /// What the kernel is to send on by itself of what comes in on an interface.
-    fn wanted_outputs(&self, interface: &InterfaceName) -> Outputs {
+    fn wanted_outputs(&self, interface: &InterfaceName) -> Sets {
         let xdp = self.prefers_xdp(interface);
         let its = |entry: &&Entry| {
             entry.rule.input.interface == *interface && self.choose(&entry.rule, xdp) == Datapath::Redirect
@@ -743,8 +808,12 @@ impl State {
 
     /// Takes outputs from the kernel whose rules are gone or elsewhere, once no flow feeds them.
     fn plan_output_removals(&self, effects: &mut Vec<Effect>) {
+        let kept = self.kept_slots();
         for (interface, outputs) in &self.actual.outputs {
-            let wanted = if self.stopping { Outputs::new() } else { self.wanted_outputs(interface) };
+            let wanted: BTreeSet<_> = match self.stopping {
+                true => kept.clone(),
+                false => self.wanted_outputs(interface).into_keys().collect(),
+            };
             let its = self.rules.iter().filter(|entry| entry.rule.input.interface == *interface);
             let stand: BTreeSet<_> = its.map(|entry| entry.slot).collect();
             let flows = self.actual.flows.get(interface).into_iter().flat_map(|flows| flows.values());
@@ -752,7 +821,7 @@ impl State {
             let redirected: BTreeSet<_> = redirected.map(|flow| RuleSlot(flow.rule)).collect();
             let fed = |slot: &RuleSlot| stand.contains(slot) && redirected.contains(slot);
             let unused =
-                outputs.keys().filter(|slot| !wanted.contains_key(slot) && (self.stopping || !fed(slot)));
+                outputs.keys().filter(|slot| !wanted.contains(slot) && (self.stopping || !fed(slot)));
             let rules: Vec<_> = unused.copied().collect();
             if !rules.is_empty() {
                 effects.push(Effect::DropOutputs { interface: interface.clone(), rules });
@@ -767,43 +836,56 @@ impl State {
     }
 
     /// Leaves a group's sources before the group. Of changes within some milliseconds Linux reports the last: that a
-    /// host had been joined to any source would not be taken back, and the group would go on coming.
-    fn plan_leaves(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {
-        let left: Vec<_> = self.actual.memberships.difference(wanted).copied().collect();
-        effects.extend(left.into_iter().rev().map(Effect::Leave));
+    /// host had been joined to any source would not be taken back, and the group would go on coming. What is to be joined
+    /// for another life is left after that: in between nobody would be joined.
+    fn plan_leaves(&self, wanted: &BTreeSet<Joined>, effects: &mut Vec<Effect>) {
+        let awaited = |joined: &Joined| {
+            let other = Joined { outlives: !joined.outlives, ..*joined };
+            wanted.contains(&other) && !self.actual.memberships.contains(&other)
+        };
+        let left = self.actual.memberships.iter().rev();
+        let left = left.filter(|joined| !wanted.contains(joined) && !awaited(joined));
+        effects.extend(left.copied().map(Effect::Leave));
     }
 
-    fn plan_joins(&self, wanted: &BTreeSet<Membership>, effects: &mut Vec<Effect>) {
+    fn plan_joins(&self, wanted: &BTreeSet<Joined>, effects: &mut Vec<Effect>) {
         let missing = wanted.difference(&self.actual.memberships);
         effects.extend(
             missing
-                .filter(|membership| self.join_refusals.get(membership).is_none_or(|refusal| refusal.stale))
-                .map(|&membership| Effect::Join(membership)),
+                .filter(|joined| self.join_refusals.get(joined).is_none_or(|refusal| refusal.stale))
+                .map(|&joined| Effect::Join(joined)),
         );
     }
 
-    fn wanted_memberships(&self) -> BTreeSet<Membership> {
-        if self.stopping {
-            return BTreeSet::new();
-        }
+    fn wanted_memberships(&self) -> BTreeSet<Joined> {
+        let kept = self.kept_slots();
         let prefer_xdp = self.interfaces_for_xdp();
         let wanted = |entry: &Entry| self.membership(entry, prefer_xdp.contains(&entry.rule.input.interface));
-        self.rules.iter().filter_map(wanted).collect()
+        let stays = |entry: &&Entry| !self.stopping || kept.contains(&entry.slot);
+        self.rules.iter().filter(stays).filter_map(wanted).collect()
     }
 
     /// What a rule has joined if it is relayed; `xdp` is whether `auto` takes XDP.
-    fn membership(&self, entry: &Entry, xdp: bool) -> Option<Membership> {
+    fn membership(&self, entry: &Entry, xdp: bool) -> Option<Joined> {
         let input = &entry.rule.input;
-        let link = self.links.get(&input.interface)?;
-        let ready = link.up && self.relaying(entry, xdp).is_some();
-        ready.then_some(Membership { interface: link.index, group: input.group, source: input.source })
+        let link = self.links.get(&input.interface).filter(|link| link.up)?;
+        let outlives = self.relaying(entry, xdp)? == action::REDIRECT;
+        let membership = Membership { interface: link.index, group: input.group, source: input.source };
+        Some(Joined { membership, outlives })
     }
 
     fn plan_end(&self, effects: &mut Vec<Effect>) {
         effects.extend(self.actual.workers.keys().map(|id| Effect::StopWorker { id: id.clone() }));
-        effects.extend(
-            self.actual.served.keys().map(|interface| Effect::Detach { interface: interface.clone() }),
-        );
+        let kept = self.kept_flows();
+        let ends = |interface: &&InterfaceName| kept.get(*interface).is_none_or(BTreeMap::is_empty);
+        let ending = self.actual.served.keys().filter(ends);
+        effects.extend(ending.map(|interface| Effect::Detach { interface: interface.clone() }));
+    }
+
+    /// Puts our program in the place of a former one, once all that it is to have is planned.
+    fn plan_successions(&self, effects: &mut Vec<Effect>) {
+        let former = self.actual.served.iter().filter(|(_, served)| served.former);
+        effects.extend(former.map(|(interface, _)| Effect::Attach { interface: interface.clone() }));
     }
 
     /// Interfaces that rules come in on or came in on, that exist, and on which nothing has failed; with the
@@ -1177,14 +1259,14 @@ impl State {
         match effect {
             Effect::Prepare { interface } => {
                 if let Some(link) = self.links.get(interface) {
-                    let served = Served { index: link.index, xdp: false, fanout: None };
+                    let served = Served { index: link.index, xdp: false, former: false, fanout: None };
                     actual.served.insert(interface.clone(), served);
                 }
             }
             Effect::Attach { interface } => {
                 self.xdp_refusals.remove(interface);
                 if let Some(served) = actual.served.get_mut(interface) {
-                    served.xdp = true;
+                    (served.xdp, served.former) = (true, false);
                 }
             }
             Effect::OpenFanout { interface, fanout } => {
@@ -1236,12 +1318,12 @@ impl State {
                 actual.flows.entry(interface.clone()).or_default().remove(key);
                 actual.barrier_due = true;
             }
-            Effect::Join(membership) => {
-                self.join_refusals.remove(membership);
-                actual.memberships.insert(*membership);
+            Effect::Join(joined) => {
+                self.join_refusals.remove(joined);
+                actual.memberships.insert(*joined);
             }
-            Effect::Leave(membership) => {
-                actual.memberships.remove(membership);
+            Effect::Leave(joined) => {
+                actual.memberships.remove(joined);
             }
             Effect::Barrier => actual.barrier_due = false,
             Effect::RestartAfter { .. } => {}
@@ -1264,6 +1346,9 @@ impl State {
             }
             (Effect::Attach { interface }, Failure::Refused(why)) => {
                 self.xdp_refusals.insert(interface.clone(), XdpRefusal { why, stale: false });
+                if let Some(served) = self.actual.served.get_mut(interface) {
+                    (served.xdp, served.former) = (false, false);
+                }
             }
             (Effect::OpenFanout { interface, .. }, Failure::Refused(why)) => {
                 self.fanout_failures.insert(interface.clone(), why);
@@ -1274,8 +1359,8 @@ impl State {
             (Effect::SetFlow { interface, key, .. }, Failure::Refused(why)) => {
                 self.flow_failures.entry(interface.clone()).or_default().insert(*key, why);
             }
-            (Effect::Join(membership), Failure::Refused(why)) => {
-                self.join_refusals.insert(*membership, JoinRefusal { why, stale: false });
+            (Effect::Join(joined), Failure::Refused(why)) => {
+                self.join_refusals.insert(*joined, JoinRefusal { why, stale: false });
             }
             (Effect::OpenEgress { key, .. }, Failure::Refused(why)) => {
                 self.egress_failures.insert(key.clone(), why);

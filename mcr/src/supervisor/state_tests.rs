@@ -123,8 +123,8 @@ fn line(effect: &Effect) -> String {
         }
         Effect::DeleteFlow { interface, key } => format!("delete {interface} {}", flow(key)),
         Effect::Barrier => "barrier".to_owned(),
-        Effect::Join(membership) => format!("join {}", member(membership)),
-        Effect::Leave(membership) => format!("leave {}", member(membership)),
+        Effect::Join(joined) => format!("join {}", member(joined)),
+        Effect::Leave(joined) => format!("leave {}", member(joined)),
     }
 }
 
@@ -134,9 +134,10 @@ fn flow(key: &FlowKey4) -> String {
     format!("{source},{}:{}", Ipv4Addr::from(key.group), u16::from_be_bytes(key.port))
 }
 
-fn member(membership: &Membership) -> String {
+fn member(Joined { membership, outlives }: &Joined) -> String {
     let source = membership.source.map(|source| format!("{source},")).unwrap_or_default();
-    format!("{source}{}%{}", membership.group, membership.interface.0)
+    let life = if *outlives { " to outlive" } else { "" };
+    format!("{source}{}%{}{life}", membership.group, membership.interface.0)
 }
 
 /// A worker as it is, whatever the supervisor thinks.
@@ -172,7 +173,7 @@ struct World {
     flows: BTreeMap<InterfaceName, BTreeMap<FlowKey4, FlowValue>>,
     /// What the kernel sends on by itself.
     outputs: BTreeMap<(InterfaceName, u32), Vec<RedirectOutput>>,
-    memberships: BTreeSet<Membership>,
+    memberships: BTreeSet<Joined>,
     processes: BTreeMap<WorkerId, Process>,
     /// Flows were deleted that a program may still act on.
     dirty: bool,
@@ -278,11 +279,11 @@ impl World {
                 self.dirty = true;
             }
             Effect::Barrier => self.dirty = false,
-            Effect::Join(membership) => {
-                assert!(self.memberships.insert(*membership), "joined twice");
+            Effect::Join(joined) => {
+                assert!(self.memberships.insert(*joined), "joined twice");
             }
-            Effect::Leave(membership) => {
-                assert!(self.memberships.remove(membership), "left what is not joined");
+            Effect::Leave(joined) => {
+                assert!(self.memberships.remove(joined), "left what is not joined");
             }
             Effect::RestartAfter { .. } => panic!("planned, though only an event brings it"),
         }
@@ -448,11 +449,9 @@ impl Supervisor {
             let kernel = &self.world.served[&input.interface];
             assert!(kernel.serves(self.datapath(&entry.rule)), "{}", input.interface);
             if link.up {
-                memberships.insert(Membership {
-                    interface: link.index,
-                    group: input.group,
-                    source: input.source,
-                });
+                let (interface, group, source) = (link.index, input.group, input.source);
+                let outlives = self.datapath(&entry.rule) == Datapath::Redirect;
+                memberships.insert(Joined { membership: Membership { interface, group, source }, outlives });
             }
         }
         assert_eq!(self.world.memberships, memberships);
@@ -1651,7 +1650,7 @@ fn groups_that_cannot_be_joined_are_tried_again_in_time_and_keep_their_error_mea
     did(&supervisor.change("eth0", |link| link.up = true), &tried);
     assert!(supervisor.state.awaits_joins());
     let membership = Membership { interface: IfIndex(10), group: Ipv4Addr::new(239, 1, 1, 1), source: None };
-    let join = Effect::Join(membership);
+    let join = Effect::Join(Joined { membership, outlives: false });
     assert!(supervisor.state.knows_refusal(&join, "cannot join 239.1.1.1%10"));
     assert!(!supervisor.state.knows_refusal(&join, "another reason"));
     did(&supervisor.settle(), &[]);
@@ -1810,7 +1809,7 @@ fn what_cannot_be_taken_back_counts_as_gone() {
     supervisor.failing = ["delete", "leave", "detach"].map(str::to_owned).to_vec();
     let done = supervisor.remove("cam");
     assert_eq!(done.iter().filter(|line| line.starts_with('!')).count(), 2, "{done:?}");
-    did(&supervisor.take(Event::Stop), &["stop eth0/xdp0", "! detach eth0"]);
+    did(&supervisor.take(Event::Stop { keep: false }), &["stop eth0/xdp0", "! detach eth0"]);
 }
 
 #[test]
@@ -1818,7 +1817,7 @@ fn the_end_comes_flows_first_and_programs_last() {
     let both = [cam(), rule("mic", "239.1.1.2:5000@eth1", &["239.2.2.2:7000@eth2"])];
     let mut supervisor = Supervisor::serving(&both);
     did(
-        &supervisor.take(Event::Stop),
+        &supervisor.take(Event::Stop { keep: false }),
         &[
             "delete eth0 *,239.1.1.1:5000",
             "delete eth1 *,239.1.1.2:5000",
@@ -1847,7 +1846,7 @@ fn a_worker_that_failed_does_not_hold_up_the_end() {
     let mut supervisor = Supervisor::serving(&[cam()]);
     supervisor.failing = vec!["remove eth0/xdp0".to_owned()];
     did(
-        &supervisor.take(Event::Stop),
+        &supervisor.take(Event::Stop { keep: false }),
         &[
             "delete eth0 *,239.1.1.1:5000",
             "barrier",
@@ -2140,7 +2139,7 @@ proptest! {
             let problem = supervisor.state.rule_problem(entry).map(|(problem, _)| problem);
             prop_assert_ne!(problem, Some(Problem::Failed));
         }
-        supervisor.take(Event::Stop);
+        supervisor.take(Event::Stop { keep: false });
         prop_assert_eq!(supervisor.state.plan(), []);
         prop_assert!(supervisor.world.processes.is_empty() && supervisor.world.served.is_empty());
         prop_assert!(supervisor.world.memberships.is_empty());

@@ -16,7 +16,7 @@ use crate::api::{
     client::{Client, ClientError},
     scratch::Scratch,
     socket::{ControlLock, bind},
-    wire::{LogLevel, LogLevelInfo, Pong, RuleList, RuleRef},
+    wire::{LogLevel, LogLevelInfo, Pong, RuleList, RuleRef, Stop},
 };
 
 /// A server whose supervisor answers every call with what it was asked.
@@ -247,7 +247,7 @@ fn a_notification_is_carried_out_and_not_answered() {
     stream.write_all(b"{\"jsonrpc\":\"2.0\",\"method\":\"stop\"}\n").unwrap();
     stream.write_all(PING).unwrap();
     assert_eq!(read_response(&mut StdBufReader::new(stream))["id"], 1);
-    assert_eq!(server.end(), [Request::Stop, Request::Ping]);
+    assert_eq!(server.end(), [Request::Stop(Stop::default()), Request::Ping]);
 }
 
 #[test]

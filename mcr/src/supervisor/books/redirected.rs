@@ -27,12 +27,24 @@ pub(super) struct OfOutput {
 /// What an output missed of its rule while it was none of the outputs.
 #[derive(Clone, Copy, Debug, Default)]
 struct Missed {
-    /// Datagrams of which it is known why.
-    explained: u64,
-    /// Those of them for which there was no neighbour.
+    /// Datagrams of the rule less those that it got, when that was last looked at. It wraps.
+    all: u64,
+    /// Those of them since it began for which there was no interface, and no neighbour.
+    pending: u64,
     unreachable: u64,
-    /// There is none for those to come.
+    /// There is no neighbour for those to come.
     unreachable_now: bool,
+}
+
+impl Missed {
+    /// What is on its way may make it seem less than it was.
+    fn become_all(&mut self, all: u64) {
+        let new = all.wrapping_sub(self.all);
+        if new.cast_signed() > 0 {
+            self.all = all;
+            *(if self.unreachable_now { &mut self.unreachable } else { &mut self.pending }) += new;
+        }
+    }
 }
 
 /// Rules that the kernel serves, or once served, and what it counted of them.
@@ -44,7 +56,7 @@ pub(super) struct Redirected {
     seen_ns: HashMap<RuleSlot, u64>,
     outputs: HashMap<OutputSlot, OfOutput>,
     missed: HashMap<OutputSlot, Missed>,
-    /// What programs counted that are no longer attached.
+    /// What programs counted that are no longer attached, less what is not the output's own. It wraps.
     former: HashMap<OutputSlot, OfOutput>,
 }
 
@@ -63,17 +75,28 @@ impl Redirected {
         self.outputs.get(&slot).copied().unwrap_or_default()
     }
 
-    /// Begins anew to ask why an output misses what it does.
-    pub fn open(&mut self, slot: OutputSlot) {
+    /// Begins anew to ask why an output misses what it does. If it goes on under another daemon, what it missed was
+    /// pending.
+    pub fn open(&mut self, slot: OutputSlot, goes_on: bool) {
         let OfOutput { offered, totals } = self.output(slot);
-        let explained = offered.saturating_sub(totals.received);
-        self.missed.insert(slot, Missed { explained, ..Missed::default() });
+        let all = offered.wrapping_sub(totals.received);
+        let pending = if goes_on { all } else { 0 };
+        self.missed.insert(slot, Missed { all, pending, ..Missed::default() });
     }
 
     /// What an output missed: because its interface was not to be had, and because its neighbour was not.
     pub fn missed(&self, slot: OutputSlot) -> [u64; 2] {
-        let Missed { explained, unreachable, .. } = self.missed.get(&slot).copied().unwrap_or_default();
-        [explained - unreachable, unreachable]
+        let missed = self.missed.get(&slot).copied().unwrap_or_default();
+        [missed.pending, missed.unreachable]
+    }
+
+    /// What is to be added to what the maps show of an output. It wraps.
+    pub fn former(&self, slot: OutputSlot) -> OfOutput {
+        self.former.get(&slot).copied().unwrap_or_default()
+    }
+
+    pub fn set_former(&mut self, slot: OutputSlot, former: OfOutput) {
+        self.former.insert(slot, former);
     }
 
     pub fn seen_ns(&self, slot: RuleSlot) -> u64 {
@@ -115,14 +138,11 @@ impl Redirected {
             .collect();
         let Ok(counted) = program.rule(entry.slot) else { return };
         for (slot, totals) in outputs {
-            let former = self.former.get(&slot).copied().unwrap_or_default();
+            let former = self.former(slot);
             let now = sum(former, OfOutput { offered: offered(&counted), totals });
             self.outputs.insert(slot, now);
-            let missed = (former.offered + offered(&earlier)).saturating_sub(now.totals.received);
-            let its = self.missed.entry(slot).or_default();
-            let new = missed.saturating_sub(its.explained);
-            its.explained += new;
-            its.unreachable += if its.unreachable_now { new } else { 0 };
+            let all = former.offered.wrapping_add(offered(&earlier)).wrapping_sub(now.totals.received);
+            self.missed.entry(slot).or_default().become_all(all);
         }
         let before = self.counted.insert(entry.slot, counted);
         if before.is_some_and(|before| offered(&counted) > offered(&before)) {
@@ -145,13 +165,15 @@ impl Redirected {
     }
 }
 
-fn sum(mut one: OfOutput, other: OfOutput) -> OfOutput {
-    one.offered += other.offered;
-    one.totals.received += other.totals.received;
+/// Offsets among them wrap.
+pub(super) fn sum(mut one: OfOutput, other: OfOutput) -> OfOutput {
+    let add = |sum: &mut u64, count: u64| *sum = sum.wrapping_add(count);
+    add(&mut one.offered, other.offered);
+    add(&mut one.totals.received, other.totals.received);
     let (sum, counters) = (&mut one.totals.counters, other.totals.counters);
-    sum.rewritten += counters.rewritten;
-    sum.rewritten_bytes += counters.rewritten_bytes;
-    sum.too_big += counters.too_big;
-    sum.ttl_expired += counters.ttl_expired;
+    add(&mut sum.rewritten, counters.rewritten);
+    add(&mut sum.rewritten_bytes, counters.rewritten_bytes);
+    add(&mut sum.too_big, counters.too_big);
+    add(&mut sum.ttl_expired, counters.ttl_expired);
     one
 }

@@ -1,0 +1,181 @@
+//! Counters that go on from one daemon to the next: what the kernel sends on by itself it counts in its own maps, which
+//! outlive the daemon.
+//!
+//! A slot's counters are those of all rules that had it. What of them is the rule's own is told by an *offset*, which is
+//! added to what the map shows; it is written down for the next daemon. Offsets wrap.
+
+use std::collections::{BTreeSet, HashMap};
+
+use mcr_common::counters::{OutputCounters, RuleCounters};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Books, add_rule,
+    redirected::{OfOutput, sum},
+    steered_of,
+};
+use crate::{
+    ebpf::{RedirectTotals, Steering},
+    rule::{Datapath, InterfaceName, OutputSlot, QueueId, RuleSlot},
+    ruleset::Entry,
+    supervisor::event::Inheritance,
+};
+
+/// The offsets of a rule and of its outputs, by their slots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offsets {
+    slot: u32,
+    rule: [u64; 8],
+    outputs: Vec<(u32, [u64; 6])>,
+}
+
+/// What a daemon that is gone had counted of a rule, when this one came.
+#[derive(Clone, Debug)]
+pub struct Counted {
+    pub slot: RuleSlot,
+    pub rule: RuleCounters,
+    pub outputs: Vec<(OutputSlot, RedirectTotals)>,
+}
+
+/// The slots whose next tenant had them before, under a daemon that is gone.
+#[derive(Default)]
+pub(super) struct Inherited {
+    pub rules: BTreeSet<RuleSlot>,
+    pub outputs: BTreeSet<OutputSlot>,
+}
+
+impl Counted {
+    /// What the maps of a rule that is sent on show now.
+    pub fn read(steering: &Steering, inheritance: &Inheritance, slot: RuleSlot) -> Option<Self> {
+        let outputs = inheritance.sets.get(&slot).into_iter().flatten();
+        let outputs = outputs
+            .map(|output| Some((output.slot, steering.redirected(slot, output.slot).ok()?)))
+            .collect::<Option<_>>()?;
+        // A datagram that is just being counted looks as if it had gone to a worker; it never does twice.
+        let looks = (0..3).filter_map(|_| steering.rule(slot).ok());
+        Some(Self { slot, rule: looks.min_by_key(steered_of)?, outputs })
+    }
+}
+
+impl Books {
+    /// Goes on with the counters of rules that are sent on. Of maps that are `ours` now only what comes is added; the
+    /// others are gone, and what they showed last stands for them.
+    pub fn inherit(&mut self, counted: &[Counted], offsets: &[Offsets], ours: bool) {
+        let offsets: HashMap<_, _> =
+            offsets.iter().map(|offsets| (RuleSlot(offsets.slot), offsets)).collect();
+        for Counted { slot, rule, outputs } in counted {
+            let known = offsets.get(slot);
+            let mut offset = known.map_or(less(&RuleCounters::default(), rule), |known| rule_of(known.rule));
+            let mut shown = offset;
+            add_rule(&mut shown, rule);
+            // What went to workers was in their ledgers, and is gone with them.
+            offset.matched = offset.matched.wrapping_sub(steered_of(&shown));
+            if !ours {
+                add_rule(&mut offset, rule);
+            }
+            self.former_rules.insert(*slot, offset);
+            self.redirected.begin(*slot);
+            self.inherited.rules.insert(*slot);
+            for (output, totals) in outputs {
+                let now = OfOutput { offered: super::redirected::offered(rule), totals: *totals };
+                let known = known.and_then(|known| known.outputs.iter().find(|(slot, _)| *slot == output.0));
+                let mut offset = known.map_or(now.negated(), |(_, words)| OfOutput::from_words(*words));
+                if !ours {
+                    offset = sum(offset, now);
+                }
+                self.redirected.set_former(*output, offset);
+                self.inherited.outputs.insert(*output);
+            }
+        }
+    }
+
+    /// Takes off what the sockets of a daemon that is gone were given: nothing tells any more what became of it.
+    pub fn begin_sockets(&mut self, interface: &InterfaceName, steering: &Steering) {
+        for datapath in [Datapath::AfXdp, Datapath::AfPacket] {
+            let verdicts = steering.verdicts(super::verdicts_of(datapath)).unwrap_or_default();
+            let steered = verdicts.iter().find(|(name, _)| *name == "steered").map_or(0, |(_, count)| *count);
+            self.steered_bases.insert((interface.clone(), datapath), steered);
+        }
+        for queue in (0..self.layout.queues).map(QueueId) {
+            if let Ok(steered) = steering.steered(queue) {
+                self.former_steered.insert((interface.clone(), queue), steered.wrapping_neg());
+            }
+        }
+    }
+
+    /// Slots that no rule has claimed are anybody's.
+    pub fn end_inheritance(&mut self) {
+        self.inherited = Inherited::default();
+    }
+
+    /// The offsets of rules that the kernel sends on.
+    pub fn offsets<'a>(&self, redirected: impl Iterator<Item = &'a Entry>) -> Vec<Offsets> {
+        let of = |entry: &Entry| {
+            let tenant = self.tenants.get(&entry.slot)?;
+            let former = self.former_rules.get(&entry.slot).copied().unwrap_or_default();
+            let output = |slot: &OutputSlot| {
+                let base = self.kernel_output_bases.get(slot).copied().unwrap_or_default();
+                (slot.0, sum(self.redirected.former(*slot), base.negated()).to_words())
+            };
+            let rule = words_of(&less(&former, &tenant.kernel_base));
+            Some(Offsets {
+                slot: entry.slot.0,
+                rule,
+                outputs: entry.output_slots.iter().map(output).collect(),
+            })
+        };
+        redirected.filter_map(of).collect()
+    }
+}
+
+fn less(one: &RuleCounters, other: &RuleCounters) -> RuleCounters {
+    let (mut words, other) = (words_of(one), words_of(other));
+    words.iter_mut().zip(other).for_each(|(word, other)| *word = word.wrapping_sub(other));
+    rule_of(words)
+}
+
+fn words_of(counters: &RuleCounters) -> [u64; 8] {
+    let RuleCounters {
+        matched,
+        matched_bytes,
+        no_worker,
+        looped,
+        redirected,
+        no_output,
+        not_redirected,
+        redirect_bytes,
+    } = *counters;
+    [matched, matched_bytes, no_worker, looped, redirected, no_output, not_redirected, redirect_bytes]
+}
+
+fn rule_of(words: [u64; 8]) -> RuleCounters {
+    let [matched, matched_bytes, no_worker, looped, redirected, no_output, not_redirected, redirect_bytes] =
+        words;
+    RuleCounters {
+        matched,
+        matched_bytes,
+        no_worker,
+        looped,
+        redirected,
+        no_output,
+        not_redirected,
+        redirect_bytes,
+    }
+}
+
+impl OfOutput {
+    fn to_words(self) -> [u64; 6] {
+        let OutputCounters { rewritten, rewritten_bytes, too_big, ttl_expired } = self.totals.counters;
+        [self.offered, self.totals.received, rewritten, rewritten_bytes, too_big, ttl_expired]
+    }
+
+    fn from_words([offered, received, rewritten, rewritten_bytes, too_big, ttl_expired]: [u64; 6]) -> Self {
+        let counters = OutputCounters { rewritten, rewritten_bytes, too_big, ttl_expired };
+        Self { offered, totals: RedirectTotals { received, counters } }
+    }
+
+    fn negated(self) -> Self {
+        Self::from_words(self.to_words().map(u64::wrapping_neg))
+    }
+}

@@ -1,0 +1,122 @@
+//! What a daemon that is gone left in the kernel: gone on with where this one can, cleared away where it cannot.
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use mcr_common::flow::action;
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use super::{
+    books::{Counted, Offsets},
+    event::{Event, Inheritance},
+    host::Namespace,
+    run::{Daemon, follow_log, one_line},
+};
+use crate::{
+    ebpf::{self, Adopted, Carried, Steering, Unfit},
+    net::{links::LinkWatch, membership::Memberships},
+    rule::{InterfaceName, RuleSlot},
+};
+
+/// How long the kernel may take to detach a program whose pins are gone.
+const DETACHING: Duration = Duration::from_secs(1);
+
+impl Daemon {
+    /// Takes over what was left, or clears it away; before there are rules. `offsets` are those of the daemon before.
+    pub async fn inherit(&mut self, namespace: &Namespace, links: &LinkWatch, offsets: &[Offsets]) {
+        match Memberships::kept(&self.settings.pin_root, Path::new("/proc/self/exe")) {
+            Ok(kept) => {
+                self.state.inherit_memberships(kept.held());
+                self.kept = kept;
+            }
+            Err(error) => warn!("memberships of redirected rules will end with the daemon: {error}"),
+        }
+        let mut cleared = Vec::new();
+        for pins in namespace.leftovers() {
+            let name = pins.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+            let taken_over = match &name {
+                Some(interface) => self.take_over(interface, offsets),
+                None => Err("no interface has such a name".to_owned()),
+            };
+            if let Err(why) = taken_over {
+                warn!(pins = %pins.display(), "cleared what a daemon before left: {why}");
+                ebpf::clear_pins(&pins);
+                cleared.extend(name);
+            }
+        }
+        if !cleared.is_empty() {
+            self.wait_until_detached(links, &cleared).await;
+        }
+    }
+
+    fn take_over(&mut self, interface: &InterfaceName, offsets: &[Offsets]) -> Result<(), String> {
+        if !self.state.has_bpf() {
+            return Err("this daemon has no eBPF".to_owned());
+        }
+        let placement = self.placement(interface)?;
+        let (mut steering, inheritance, counted) = match Steering::adopt(&self.object, &placement) {
+            Ok(None) => return Ok(()),
+            Ok(Some(Adopted { mut steering, flows, sets, former_rewrite })) => {
+                if former_rewrite {
+                    steering.renew_outputs(&sets).map_err(|error| one_line(&error))?;
+                }
+                let inheritance = Inheritance { flows, sets, to_succeed: false };
+                let redirected = inheritance.flows.iter().filter(|(_, flow)| flow.action == action::REDIRECT);
+                let slots = redirected.map(|(_, flow)| RuleSlot(flow.rule));
+                let counted = slots.filter_map(|slot| Counted::read(&steering, &inheritance, slot)).collect();
+                (steering, inheritance, counted)
+            }
+            Err(unfit) => {
+                let Unfit { why, carried, former } = *unfit;
+                let Some(former) = former else { return Err(one_line(&why)) };
+                info!(%interface, "what a daemon before left is replaced: {}", one_line(&why));
+                let steering = Steering::succeed(&self.object, &placement, &former);
+                let (inheritance, counted) = read_carried(carried);
+                (steering.map_err(|error| one_line(&error))?, inheritance, counted)
+            }
+        };
+        if !self.state.inherit(interface, &inheritance) {
+            return Err("its rules do not go together with those of another interface".to_owned());
+        }
+        let ours = !inheritance.to_succeed;
+        self.books.inherit(&counted, offsets, ours);
+        if ours {
+            self.books.begin_sockets(interface, &steering);
+        }
+        follow_log(interface, &mut steering);
+        self.programs.insert(interface.clone(), steering);
+        let rules = inheritance.sets.len();
+        info!(%interface, rules, "taken over what the kernel does by itself");
+        Ok(())
+    }
+
+    /// An interface takes another program only when the former one is gone.
+    async fn wait_until_detached(&mut self, links: &LinkWatch, cleared: &[InterfaceName]) {
+        const PERIOD: Duration = Duration::from_millis(10);
+        for _ in 0..DETACHING.as_millis() / PERIOD.as_millis() {
+            let Ok(now) = links.snapshot().await else { return };
+            let occupied =
+                cleared.iter().any(|name| now.get(name).is_some_and(|link| link.xdp_program.is_some()));
+            self.state.apply(Event::Links(now));
+            if !occupied {
+                return;
+            }
+            sleep(PERIOD).await;
+        }
+    }
+}
+
+/// What another build left, as this one would have found it.
+fn read_carried(carried: Carried) -> (Inheritance, Vec<Counted>) {
+    let Carried { flows, rules, outputs, .. } = carried;
+    let mut inheritance = Inheritance { flows, to_succeed: true, ..Inheritance::default() };
+    let mut counted: BTreeMap<RuleSlot, Counted> = BTreeMap::new();
+    for carried in outputs {
+        inheritance.sets.entry(carried.rule).or_default().push(carried.output);
+        let Some(rule) = rules.get(&carried.rule) else { continue };
+        let counted = counted.entry(carried.rule);
+        let counted = counted.or_insert(Counted { slot: carried.rule, rule: *rule, outputs: Vec::new() });
+        counted.outputs.push((carried.output.slot, carried.totals));
+    }
+    (inheritance, counted.into_values().collect())
+}
