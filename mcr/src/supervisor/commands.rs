@@ -109,7 +109,9 @@ impl Daemon {
         let mut kept = Vec::new();
         if *keep {
             self.tend_memberships().map_err(|why| {
-                Error::refused(format!("what is relayed would not be joined any more: {why}; stop it without --keep"))
+                Error::refused(format!(
+                    "what is relayed would not be joined any more: {why}; stop it without --keep"
+                ))
             })?;
             kept.extend(self.state.redirected().map(|entry| entry.rule.name.to_string()));
         }

@@ -446,8 +446,7 @@ impl Supervisor {
             if link.up {
                 let (interface, group, source) = (link.index, input.group, input.source);
                 let outlives = self.datapath(&entry.rule) == Datapath::Redirect;
-                memberships
-                    .insert(Joined { membership: Membership { interface, group, source }, outlives });
+                memberships.insert(Joined { membership: Membership { interface, group, source }, outlives });
             }
         }
         assert_eq!(self.world.memberships, memberships);

@@ -62,7 +62,8 @@ impl Books {
     /// Goes on with the counters of rules that are sent on. Of maps that are `ours` now only what comes is added; the
     /// others are gone, and what they showed last stands for them.
     pub fn inherit(&mut self, counted: &[Counted], offsets: &[Offsets], ours: bool) {
-        let offsets: HashMap<_, _> = offsets.iter().map(|offsets| (RuleSlot(offsets.slot), offsets)).collect();
+        let offsets: HashMap<_, _> =
+            offsets.iter().map(|offsets| (RuleSlot(offsets.slot), offsets)).collect();
         for Counted { slot, rule, outputs } in counted {
             let known = offsets.get(slot);
             let mut offset = known.map_or(less(&RuleCounters::default(), rule), |known| rule_of(known.rule));
@@ -85,6 +86,23 @@ impl Books {
                 }
                 self.redirected.set_former(*output, offset);
                 self.inherited.outputs.insert(*output);
+            }
+        }
+    }
+
+    /// Adds what rules were counted between two looks, in maps that are not ours.
+    pub fn carry(&mut self, before: &[Counted], now: &[Counted]) {
+        for Counted { slot, rule, outputs } in now {
+            let Some(known) = before.iter().find(|known| known.slot == *slot) else { continue };
+            let gained = less(rule, &known.rule);
+            add_rule(self.former_rules.entry(*slot).or_default(), &gained);
+            let offered = super::redirected::offered(&gained);
+            for (output, totals) in outputs {
+                let before = known.outputs.iter().find(|(slot, _)| slot == output);
+                let before =
+                    OfOutput { offered: 0, totals: before.map(|(_, totals)| *totals).unwrap_or_default() };
+                let gained = sum(OfOutput { offered, totals: *totals }, before.negated());
+                self.redirected.set_former(*output, sum(self.redirected.former(*output), gained));
             }
         }
     }
@@ -118,7 +136,11 @@ impl Books {
                 (slot.0, sum(self.redirected.former(*slot), base.negated()).to_words())
             };
             let rule = words_of(&less(&former, &tenant.kernel_base));
-            Some(Offsets { slot: entry.slot.0, rule, outputs: entry.output_slots.iter().map(output).collect() })
+            Some(Offsets {
+                slot: entry.slot.0,
+                rule,
+                outputs: entry.output_slots.iter().map(output).collect(),
+            })
         };
         redirected.filter_map(of).collect()
     }

@@ -89,7 +89,8 @@ impl Redirected {
             .collect();
         let Ok(counted) = program.rule(entry.slot) else { return };
         for (slot, totals) in outputs {
-            self.outputs.insert(slot, sum(self.former(slot), OfOutput { offered: offered(&counted), totals }));
+            self.outputs
+                .insert(slot, sum(self.former(slot), OfOutput { offered: offered(&counted), totals }));
         }
         let before = self.counted.insert(entry.slot, counted);
         if before.is_some_and(|before| offered(&counted) > offered(&before)) {
