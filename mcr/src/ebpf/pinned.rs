@@ -88,7 +88,6 @@ pub struct Adopted {
 }
 
 /// What cannot go on with this daemon, and what there is of it.
-#[derive(Debug)]
 pub struct Unfit {
     pub why: Misfit,
     pub carried: Carried,
@@ -97,9 +96,24 @@ pub struct Unfit {
 }
 
 /// A program of ours that runs on by what is pinned.
-#[derive(Debug)]
 pub struct Former {
     pub(super) generic: bool,
+    maps: FormerMaps,
+}
+
+impl Former {
+    /// What it has counted by now; all of it, once it is succeeded and a [`barrier`](super::barrier) is over.
+    pub fn counted(&mut self) -> Carried {
+        self.maps.read()
+    }
+}
+
+/// The maps of a former program, as far as their layout is ours.
+struct FormerMaps {
+    flows: Option<HashMap<MapData, FlowKey4, FlowValue>>,
+    rules: Option<PerCpuArray<MapData, RuleCounters>>,
+    verdicts: Option<PerCpuArray<MapData, Verdicts>>,
+    redirect: Option<Redirect>,
 }
 
 /// What was counted, as far as its layout is ours.
@@ -202,9 +216,11 @@ impl Steering {
             .and_then(|pinned| pinned.check_maps(object).map(|()| pinned))
             .and_then(|pinned| pinned.adopt(object));
         adopted.map(Some).map_err(|why| {
-            let former =
-                Pinned::open(placement).ok().map(|_| Former { generic: is_generic(&placement.pins) });
-            Box::new(Unfit { why, carried: Carried::read(placement), former })
+            let mut maps = FormerMaps::open(placement);
+            let carried = maps.read();
+            let generic = is_generic(&placement.pins);
+            let former = Pinned::open(placement).ok().map(|_| Former { generic, maps });
+            Box::new(Unfit { why, carried, former })
         })
     }
 }
@@ -339,30 +355,38 @@ fn is_generic(pins: &Path) -> bool {
     read_mark(pins, mark::GENERIC) == Some(1)
 }
 
-impl Carried {
-    /// What can be read of what is pinned.
-    fn read(placement: &Placement<'_>) -> Self {
-        let mut carried = Self::default();
+impl FormerMaps {
+    fn open(placement: &Placement<'_>) -> Self {
         let mut maps = Maps::pinned(&placement.pins);
-        if let Ok(flows) = maps.take::<HashMap<MapData, FlowKey4, FlowValue>>(map::FLOWS_V4) {
-            carried.flows = flows.iter().flatten().collect();
+        Self {
+            flows: maps.take(map::FLOWS_V4).ok(),
+            rules: maps.take(map::RULES).ok(),
+            verdicts: maps.take(map::VERDICTS).ok(),
+            redirect: Redirect::take(&mut maps, placement.max_rules).ok(),
         }
-        if let Ok(rules) = maps.take::<PerCpuArray<MapData, RuleCounters>>(map::RULES) {
-            let slots = carried.flows.iter().map(|(_, flow)| RuleSlot(flow.rule));
-            carried.rules =
-                slots.filter_map(|slot| Some((slot, rule_counters(&rules, slot).ok()?))).collect();
-        }
-        if let Ok(verdicts) = maps.take::<PerCpuArray<MapData, Verdicts>>(map::VERDICTS) {
-            let of = 0..verdicts_of::COUNT as u32;
-            carried.verdicts = of.filter_map(|of| verdict_counters(&verdicts, of).ok()).collect();
-        }
-        if let Ok(mut redirect) = Redirect::take(&mut maps, placement.max_rules) {
+    }
+
+    /// What can be read. What became of datagrams is read before how many there were.
+    fn read(&mut self) -> Carried {
+        let mut carried = Carried::default();
+        if let Some(redirect) = &mut self.redirect {
             for (rule, outputs) in redirect.read().unwrap_or_default() {
                 carried.outputs.extend(outputs.into_iter().filter_map(|output| {
                     let totals = redirect.totals(rule, output.slot).ok()?;
                     Some(CarriedOutput { rule, output, totals })
                 }));
             }
+        }
+        if let Some(flows) = &self.flows {
+            carried.flows = flows.iter().flatten().collect();
+        }
+        if let Some(rules) = &self.rules {
+            let slots = carried.flows.iter().map(|(_, flow)| RuleSlot(flow.rule));
+            carried.rules = slots.filter_map(|slot| Some((slot, rule_counters(rules, slot).ok()?))).collect();
+        }
+        if let Some(verdicts) = &self.verdicts {
+            let of = 0..verdicts_of::COUNT as u32;
+            carried.verdicts = of.filter_map(|of| verdict_counters(verdicts, of).ok()).collect();
         }
         carried
     }

@@ -156,6 +156,7 @@ impl Redirect {
 
     /// Learns which outputs are in which fans, and which of these are in use.
     pub(super) fn read(&mut self) -> Result<Sets, RedirectError> {
+        (self.sets, self.active) = Default::default();
         for entry in &self.shares {
             let (record, share) = entry.map_err(access(RECEIVED, "read"))?;
             let share = Share::from_words(share);

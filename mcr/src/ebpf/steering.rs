@@ -236,9 +236,9 @@ impl Steering {
     /// Attaches the XDP program, and pins it with its link; as generic XDP if that is allowed and there is
     /// no native XDP. In the place of a [former one](Self::succeed) it runs as that did.
     pub fn attach(&mut self, placement: &Placement<'_>, generic: bool) -> Result<(), AttachError> {
-        if self.succeeds {
-            self.replace(placement)?;
-            self.succeeds = false;
+        if std::mem::take(&mut self.succeeds) {
+            // What cannot be succeeded goes: nothing is to run that nobody knows of.
+            self.replace(placement).inspect_err(|_| drop(fs::remove_file(self.pins.join(LINK))))?;
         } else {
             match self.attach_as(placement, XdpMode::Driver) {
                 Err(AttachError::NoNativeXdp { .. }) if generic => {

@@ -207,14 +207,14 @@ impl Namespace {
         let mut places = vec![self.pins.clone()];
         for place in directories(&self.pins) {
             let pins = fs::read_dir(&place).into_iter().flatten().flatten().map(|entry| entry.path());
-            places.extend(pins.filter(|pin| !pin.is_symlink()));
+            places.extend(pins);
             places.push(place);
         }
         if !is_mount(root) {
             places.push(root.to_owned());
         }
         let ours = is_directory(root);
-        for place in places.iter().filter(|place| ours && !place.is_symlink() && is_bpffs(place)) {
+        for place in places.iter().filter(|place| ours && is_no_link(place) && is_bpffs(place)) {
             privileges::give(place, account).with_context(failed)?;
         }
         Ok(())
@@ -248,6 +248,11 @@ impl Namespace {
 /// Whether there is a directory, and no link to one.
 fn is_directory(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
+}
+
+/// Whether there is something that is no link.
+fn is_no_link(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_symlink())
 }
 
 /// Whether a file system begins there.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use mcr_common::flow::action;
 use tokio::time::sleep;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     books::{Counted, Offsets},
@@ -71,8 +71,10 @@ impl Daemon {
                 let Some(former) = former else { return Err(one_line(&why)) };
                 info!(%interface, "what a daemon before left is replaced: {}", one_line(&why));
                 let steering = Steering::succeed(&self.object, &placement, &former);
+                let steering = steering.map_err(|error| one_line(&error))?;
                 let (inheritance, counted) = read_carried(carried);
-                (steering.map_err(|error| one_line(&error))?, inheritance, counted)
+                self.formers.insert(interface.clone(), (former, counted.clone()));
+                (steering, inheritance, counted)
             }
         };
         if !self.state.inherit(interface, &inheritance) {
@@ -88,6 +90,16 @@ impl Daemon {
         let rules = inheritance.sets.len();
         info!(%interface, rules, "taken over what the kernel does by itself");
         Ok(())
+    }
+
+    /// Adds what a former program has counted since it was taken over; it has ended.
+    pub fn end_former(&mut self, interface: &InterfaceName) {
+        let Some((mut former, before)) = self.formers.remove(interface) else { return };
+        if let Err(error) = ebpf::barrier() {
+            debug!(%error, "what is just being counted may be missing");
+        }
+        let (_, now) = read_carried(former.counted());
+        self.books.carry(&before, &now);
     }
 
     /// An interface takes another program only when the former one is gone.

@@ -26,7 +26,7 @@ use crate::{
     },
     config::Config,
     datapath::{af_packet, af_xdp, budget},
-    ebpf::{self, Object, Placement, RedirectOutput, Steering},
+    ebpf::{self, Former, Object, Placement, RedirectOutput, Steering},
     net::{
         egress_hooks::EgressHooks,
         egress_socket::{self, SourcePort},
@@ -41,7 +41,7 @@ use crate::{
     supervisor::{
         Launch,
         balance::{Balance, Subject},
-        books::{Books, Programs},
+        books::{Books, Counted, Programs},
         configuration::{Configuration, overdue},
         devices::Devices,
         event::{Effect, Event, Failure, Fanout, FrameSource, Joined, Targets, WorkerId, WorkerSpec},
@@ -116,6 +116,8 @@ pub struct Daemon {
     memberships: Memberships,
     /// Those that are to outlive the daemon.
     pub kept: Memberships,
+    /// Programs that ours are to succeed, with what they had counted when they were taken over.
+    pub formers: BTreeMap<InterfaceName, (Former, Vec<Counted>)>,
     /// Why these would not, if they would not.
     holder_failure: Option<String>,
     pins: PathBuf,
@@ -193,6 +195,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         neighbours,
         memberships: Memberships::default(),
         kept: Memberships::default(),
+        formers: BTreeMap::new(),
         holder_failure: None,
         pins: namespace.pins.clone(),
         events,
@@ -790,6 +793,7 @@ impl Daemon {
         let mode = if program.is_generic() { "generic XDP attached" } else { "native XDP attached" };
         info!(%interface, kind = placement.kind, "{mode}");
         follow_log(interface, program);
+        self.end_former(interface);
         Ok(())
     }
 

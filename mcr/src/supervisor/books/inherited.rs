@@ -90,6 +90,23 @@ impl Books {
         }
     }
 
+    /// Adds what rules were counted between two looks, in maps that are not ours.
+    pub fn carry(&mut self, before: &[Counted], now: &[Counted]) {
+        for Counted { slot, rule, outputs } in now {
+            let Some(known) = before.iter().find(|known| known.slot == *slot) else { continue };
+            let gained = less(rule, &known.rule);
+            add_rule(self.former_rules.entry(*slot).or_default(), &gained);
+            let offered = super::redirected::offered(&gained);
+            for (output, totals) in outputs {
+                let before = known.outputs.iter().find(|(slot, _)| slot == output);
+                let before =
+                    OfOutput { offered: 0, totals: before.map(|(_, totals)| *totals).unwrap_or_default() };
+                let gained = sum(OfOutput { offered, totals: *totals }, before.negated());
+                self.redirected.set_former(*output, sum(self.redirected.former(*output), gained));
+            }
+        }
+    }
+
     /// Takes off what the sockets of a daemon that is gone were given: nothing tells any more what became of it.
     pub fn begin_sockets(&mut self, interface: &InterfaceName, steering: &Steering) {
         for datapath in [Datapath::AfXdp, Datapath::AfPacket] {
