@@ -8,6 +8,7 @@ use std::{
 };
 
 use mcr::api::wire::{Health, OutputStats};
+use nix::sys::signal::Signal;
 use tests::{
     Captured, Ground, Namespace, Relay, Site, Source,
     capture::assert_sequence,
@@ -99,8 +100,8 @@ fn a_host_that_is_known_is_sent_to_without_a_worker_from_the_start() {
     let site = site();
     let _listener = listen(&site, 0, HOST);
     greet(&site);
-    for args in [&BY_NAME[..], &[]] {
-        let relay = Relay::start(&site);
+    let relay = Relay::start(&site);
+    for (args, redirected) in [(&BY_NAME[..], 20_000), (&[], 40_000)] {
         let rule = relay.add_with("cam1", INPUT, &[TO_HOST, TO_GROUP], args);
         assert_eq!(rule.datapath.as_deref(), Some("redirect"), "{rule:?}");
         site.segments[0].wait_until_joined(*GROUP.ip());
@@ -116,7 +117,7 @@ fn a_host_that_is_known_is_sent_to_without_a_worker_from_the_start() {
         let sinks = mac(&site.sinks[0].host, ETH);
         assert!(seen.iter().all(|one| one.destination_mac == sinks && one.checksum_holds && one.ttl == 16));
         assert_sequence(&sink.exactly(TO, 20_000), 0..20_000);
-        assert_eq!(relay.interface("in0").verdicts["redirected"], 20_000);
+        assert_eq!(relay.interface("in0").verdicts["redirected"], redirected);
         assert!(relay.workers().is_empty() && relay.stats().alarms.is_empty());
         relay.remove("cam1");
     }
@@ -391,6 +392,32 @@ fn a_host_behind_a_router_is_sent_to_by_the_routers_mac() {
         let why = "10.99.1.1 does not answer ARP on out0";
         rule.datapath.as_deref() == Some("af-xdp") && rule.outputs[0].reason.as_deref() == Some(why)
     });
+}
+
+#[test]
+fn a_host_is_sent_to_while_there_is_no_daemon_and_by_the_next() {
+    let site = site();
+    let _listener = listen(&site, 0, HOST);
+    greet(&site);
+    let mut relay = Relay::start(&site);
+    relay.add("cam1", INPUT, &[TO_HOST, TO_GROUP]);
+    relay.wait_until_by("cam1", "redirect");
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let mut sink = site.capture(0);
+    let source = Source::start(site.source(), Stream { rate: 5_000, ..Stream::to(GROUP) });
+    source.wait_for_more(1_000);
+    relay.signal(Signal::SIGKILL);
+    relay.wait(PATIENCE);
+    source.wait_for_more(1_000);
+    relay.start_again(&site);
+    relay.wait_until_active("cam1");
+    source.wait_for_more(1_000);
+    let sent = source.stop();
+    let stats = relay.balanced("cam1", sent);
+    assert!(stats.outputs.iter().all(|output| output.sent == sent && output.dropped.is_empty()), "{stats:?}");
+    assert_sequence(&sink.exactly(HOST, sent as usize), 0..sent);
+    assert_sequence(&sink.exactly(TO, sent as usize), 0..sent);
+    assert!(relay.workers().is_empty());
 }
 
 #[test]
