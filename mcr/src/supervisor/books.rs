@@ -291,11 +291,10 @@ impl Books {
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
-            let goes_on = self.inherited.outputs.remove(slot);
-            let (base, kernel_base) = match goes_on {
-                true => Default::default(),
-                false => (self.raw_output(*slot), self.redirected.output(*slot)),
-            };
+            let (mut base, mut kernel_base) = Default::default();
+            if !self.inherited.outputs.remove(slot) {
+                (base, kernel_base) = (self.raw_output(*slot), self.redirected.output(*slot));
+            }
             self.output_bases.insert(*slot, base);
             self.kernel_output_bases.insert(*slot, kernel_base);
             self.output_rates.samples.remove(slot);

@@ -785,9 +785,10 @@ impl State {
     fn plan_output_removals(&self, effects: &mut Vec<Effect>) {
         let kept = self.kept_slots();
         for (interface, outputs) in &self.actual.outputs {
-            let wanted: BTreeSet<_> = match self.stopping {
-                true => kept.clone(),
-                false => self.wanted_outputs(interface).into_keys().collect(),
+            let wanted: BTreeSet<_> = if self.stopping {
+                kept.clone()
+            } else {
+                self.wanted_outputs(interface).into_keys().collect()
             };
             let its = self.rules.iter().filter(|entry| entry.rule.input.interface == *interface);
             let stand: BTreeSet<_> = its.map(|entry| entry.slot).collect();
