@@ -204,7 +204,7 @@ fn limits(settings: &Settings, object: &Object) -> anyhow::Result<Limits> {
     let no_bpf = host::check_bpf(object).err().map(|error| format!("{error:#}"));
     let named = settings.datapath.0;
     match &no_bpf {
-        Some(why) if named == Some(Datapath::AfXdp) => anyhow::bail!("{why}"),
+        Some(why) if matches!(named, Some(Datapath::AfXdp | Datapath::Redirect)) => anyhow::bail!("{why}"),
         Some(why) if named.is_none() => warn!("every rule goes by af-packet, with a classic filter: {why}"),
         _ => {}
     }
