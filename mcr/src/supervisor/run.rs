@@ -793,7 +793,7 @@ impl Daemon {
                 Ingress::AfPacket { ring: *ring, taken, classic: !self.state.has_bpf() }
             }
         };
-        let log_level = self.log.level().as_str().to_owned();
+        let log_level = self.settings.log_level.as_str().to_owned();
         let busy_poll_us = self.settings.busy_poll_us;
         Ok((Setup { ingress, cpu: spec.cpu, busy_poll_us, layout: self.books.layout(), log_level }, fds))
     }
