@@ -225,7 +225,7 @@ fn limits(settings: &Settings, object: &Object) -> anyhow::Result<Limits> {
     let no_bpf = host::check_bpf(object).err().map(|error| format!("{error:#}"));
     let named = settings.datapath.0;
     match &no_bpf {
-        Some(why) if named == Some(Datapath::AfXdp) => anyhow::bail!("{why}"),
+        Some(why) if matches!(named, Some(Datapath::AfXdp | Datapath::Redirect)) => anyhow::bail!("{why}"),
         Some(why) if named.is_none() => warn!("every rule goes by af-packet, with a classic filter: {why}"),
         _ => {}
     }
@@ -844,7 +844,7 @@ impl Daemon {
                 Ingress::AfPacket { ring: *ring, taken, classic: !self.state.has_bpf() }
             }
         };
-        let log_level = self.log.level().as_str().to_owned();
+        let log_level = self.settings.log_level.as_str().to_owned();
         let busy_poll_us = self.settings.busy_poll_us;
         Ok((Setup { ingress, cpu: spec.cpu, busy_poll_us, layout: self.books.layout(), log_level }, fds))
     }

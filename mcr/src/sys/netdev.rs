@@ -1,10 +1,10 @@
 //! What the kernel says of an interface's XDP: the generic netlink family `netdev`, by hand.
 
-use std::io::{self, Read, Write};
+use std::io;
 
 use socket2::Socket;
 
-use super::netlink::{self, bytes, malformed};
+use super::netlink::{self, ATTRIBUTE_HEADER, malformed};
 use crate::rule::IfIndex;
 
 /// `NETDEV_XDP_ACT_BASIC`: it runs XDP programs.
@@ -21,11 +21,8 @@ const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
 
-const NLM_F_REQUEST: u16 = 1;
-const NLMSG_ERROR: u16 = 2;
-/// `nlmsghdr` and `genlmsghdr`.
-const HEADERS: usize = 20;
-const ATTRIBUTE_HEADER: usize = 4;
+/// `genlmsghdr`.
+const HEADER: usize = 4;
 
 /// The XDP features of an interface, as they are at the moment. `None` if the kernel has no such family (before 6.3).
 pub fn xdp_features(interface: IfIndex) -> io::Result<Option<u64>> {
@@ -43,29 +40,13 @@ pub fn xdp_features(interface: IfIndex) -> io::Result<Option<u64>> {
 
 /// Asks with one attribute; the attributes of the answer.
 fn ask(socket: &mut Socket, family: u16, command: u8, kind: u16, value: &[u8]) -> io::Result<Vec<u8>> {
-    let padded = value.len().next_multiple_of(4);
-    let len = HEADERS + ATTRIBUTE_HEADER + padded;
-    let mut request = Vec::with_capacity(len);
-    request.extend((len as u32).to_ne_bytes());
-    request.extend(family.to_ne_bytes());
-    request.extend(NLM_F_REQUEST.to_ne_bytes());
-    request.extend([0; 8]);
-    request.extend([command, 1, 0, 0]);
-    request.extend(((ATTRIBUTE_HEADER + value.len()) as u16).to_ne_bytes());
-    request.extend(kind.to_ne_bytes());
-    request.extend(value);
-    request.resize(len, 0);
-    socket.write_all(&request)?;
-
-    let mut answer = vec![0; 8192];
-    let read = socket.read(&mut answer)?;
-    answer.truncate(read);
-    let kind = bytes(&answer, 4).map(u16::from_ne_bytes).ok_or_else(malformed)?;
-    if kind == NLMSG_ERROR {
-        let errno = bytes(&answer, 16).map(i32::from_ne_bytes).ok_or_else(malformed)?;
-        return Err(io::Error::from_raw_os_error(errno.saturating_neg()));
-    }
-    answer.drain(..HEADERS.min(read));
+    let mut body = vec![command, 1, 0, 0];
+    body.extend(((ATTRIBUTE_HEADER + value.len()) as u16).to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value);
+    body.resize(body.len().next_multiple_of(4), 0);
+    let mut answer = netlink::ask(socket, family, &body)?;
+    answer.drain(..HEADER.min(answer.len()));
     Ok(answer)
 }
 
