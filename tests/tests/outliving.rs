@@ -219,11 +219,11 @@ fn the_next_daemon_applies_the_difference_to_its_own_rules() {
     let [sent, of_changed, _] = sources.map(Source::stop);
     let [first, second] = &mut captures;
     arrived(&relay, "stays", &mut [(first, TO), (second, OTHER_TO)], sent);
-    let stats = relay.balanced("changes", of_changed);
+    let counted = relay.balanced("changes", of_changed);
     assert_sequence(&first.exactly("239.2.2.5:6000".parse().unwrap(), of_changed as usize), 0..of_changed);
     let late = second.to("239.2.2.8:6000".parse().unwrap());
     assert_sequence(&late, of_changed - late.len() as u64..of_changed);
-    let of = |endpoint: &str| stats.outputs.iter().find(|output| output.to.starts_with(endpoint)).unwrap();
+    let of = |endpoint: &str| counted.outputs.iter().find(|output| output.to.starts_with(endpoint)).unwrap();
     assert_eq!(of("239.2.2.5").sent, of_changed);
     // Known before it was one of the outputs.
     let (new, pending) =

@@ -46,7 +46,7 @@ impl EgressHooks {
     }
 
     /// Returns when something may have changed since it was last called.
-    pub async fn changed(&mut self) {
+    pub async fn changed(&self) {
         let heard = self.notices.iter().map(|socket| Box::pin(heard(socket)));
         futures_util::future::select_all(heard).await;
     }

@@ -106,7 +106,7 @@ pub struct Daemon {
     /// Interfaces of which it has been said that `auto` takes AF_PACKET there.
     fallbacks: BTreeSet<InterfaceName>,
     /// What redirected frames would pass by; `auto` redirects nothing where that cannot be known.
-    hooks: Option<EgressHooks>,
+    hooks: Option<Arc<EgressHooks>>,
     pub object: Object,
     memberships: Memberships,
     /// Those that are to outlive the daemon.
@@ -143,7 +143,8 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         namespace.give_to(&owner)?;
     }
     // While root may still open what tells of legacy iptables.
-    let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}")).ok();
+    let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}"));
+    let hooks = hooks.ok().map(Arc::new);
     if let Err(error) = privileges::step_down(account.as_ref()) {
         anyhow::bail!("the daemon cannot give up what it does not need: {error}");
     }
@@ -322,7 +323,7 @@ impl Daemon {
         let mut devices = interval(DEVICES_PERIOD);
         devices.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
-        let mut hooks = EgressHooks::open().ok();
+        let hooks = self.hooks.clone();
 
         self.read_links(&links).await;
         self.read_next_hops(&mut neighbours).await;
@@ -351,7 +352,7 @@ impl Daemon {
                     self.read_links(&links).await;
                     self.read_targets().await;
                 }
-                () = hooks_changed(&mut hooks) => self.read_targets().await,
+                () = hooks_changed(hooks.as_deref()) => self.read_targets().await,
                 () = neighbours.changed() => {}
                 _ = second.tick() => {
                     self.end_hung_workers();
@@ -953,7 +954,7 @@ fn join_refused(Membership { group, source, .. }: &Membership, error: &io::Error
 }
 
 /// Returns when what redirected frames would pass by may have changed.
-async fn hooks_changed(hooks: &mut Option<EgressHooks>) {
+async fn hooks_changed(hooks: Option<&EgressHooks>) {
     match hooks {
         Some(hooks) => hooks.changed().await,
         None => std::future::pending().await,

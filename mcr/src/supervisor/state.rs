@@ -424,9 +424,11 @@ impl State {
         })
     }
 
-    /// The interfaces that rules send from.
+    /// The interfaces that rules send from which may be redirected.
     pub fn egress_interfaces(&self) -> BTreeSet<&InterfaceName> {
-        self.rules.iter().flat_map(|entry| &entry.rule.outputs).map(|output| &output.interface).collect()
+        let may = |rule: &&Rule| matches!(rule.datapath.0, None | Some(Datapath::Redirect));
+        let rules = self.rules.iter().map(|entry| &entry.rule).filter(may);
+        rules.flat_map(|rule| &rule.outputs).map(|output| &output.interface).collect()
     }
 
     pub fn targets(&self) -> &Targets {
@@ -880,13 +882,10 @@ impl State {
             let xdp = self.prefers_xdp(interface);
             let mut datapaths: BTreeSet<_> = rules.iter().map(|rule| self.choose(rule, xdp)).collect();
             // What an interface serves it goes on to serve.
-            let relays_by = |datapath| {
-                self.serves(interface, datapath)
-                    && self.worker_ids().iter().any(|id| id.is_of(interface, datapath))
-            };
-            datapaths.extend(
-                [Datapath::AfXdp, Datapath::AfPacket].into_iter().filter(|datapath| relays_by(*datapath)),
-            );
+            let has_workers = || self.worker_ids().iter().any(|id| id.is_of(interface, Datapath::AfXdp));
+            if self.serves(interface, Datapath::AfXdp) && has_workers() {
+                datapaths.insert(Datapath::AfXdp);
+            }
             if self.serves(interface, Datapath::AfPacket) {
                 datapaths.insert(Datapath::AfPacket);
             }
