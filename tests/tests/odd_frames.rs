@@ -182,6 +182,13 @@ tests::on_every_ground!(
     runts_and_lies_are_counted_and_left_to_the_host,
 );
 
+tests::by_the_kernel!(
+    jumbo_frames_are_relayed_whole,
+    tagged_frames_are_counted_and_left_to_the_host,
+    super_packets_of_a_virtual_sender_are_relayed_as_the_datagrams_that_they_are,
+    runts_and_lies_are_counted_and_left_to_the_host,
+);
+
 tests::without_bpf!(
     jumbo_frames_are_relayed_whole,
     super_packets_of_a_virtual_sender_are_relayed_as_the_datagrams_that_they_are,
