@@ -465,7 +465,10 @@ impl Daemon {
                 if links != *self.state.links() {
                     self.log_changes(&links);
                     self.clear_socket_errors();
-                    self.take(Event::Links(links)).await;
+                    self.state.apply(Event::Links(links));
+                    // Another interface may have the name of one that took redirected frames.
+                    let targets = self.ask_targets();
+                    self.take(Event::Targets(targets)).await;
                 }
             }
             Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
@@ -727,6 +730,8 @@ impl Daemon {
             egress.into_iter().filter_map(|name| Some((name.clone(), links.get(name)?.index))).collect();
         let refusal = |(name, index): &(InterfaceName, IfIndex)| {
             let refusal = takes_redirects(name, *index, &links[name].kind).err();
+            // One that has just gone waits, which is no reason for its rules to move.
+            let refusal = refusal.filter(|error| !error.is_gone());
             (name.clone(), refusal.map(|error| one_line(&error)))
         };
         let refusals = there.iter().map(refusal).collect();

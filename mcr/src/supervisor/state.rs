@@ -397,6 +397,7 @@ impl State {
     pub fn auto_redirect_objection(&self, rule: &Rule) -> Option<String> {
         self.redirect_objection(rule).or_else(|| {
             let hook = |interface| match self.targets.hooks.get(interface) {
+                _ if !self.links.contains_key(interface) => None,
                 Some(hook) => hook.clone(),
                 None => Some(format!("it is not known what {interface} sends through")),
             };

@@ -1464,6 +1464,33 @@ fn without_ebpf_a_worker_lets_go_of_its_rules_before_it_goes_with_its_interface(
 }
 
 #[test]
+fn a_rule_that_the_kernel_serves_stays_there_while_an_output_is_gone() {
+    let open = |names: &[&str]| {
+        let answers: BTreeMap<_, _> = names.iter().map(|name| (interface(name), None)).collect();
+        Event::Targets(Targets { refusals: answers.clone(), hooks: answers })
+    };
+    let mut supervisor = Supervisor::new();
+    supervisor.links(links(0..3));
+    supervisor.take(open(&["eth1", "eth2"]));
+    supervisor.add(rule("cam", "239.1.1.1:5000@eth0", &["239.2.2.2:6000@eth1", "239.2.2.3:6000@eth2"]));
+    let check = |supervisor: &mut Supervisor, expected| {
+        let rule = supervisor.state.rules().get("cam").unwrap().rule.clone();
+        assert_eq!(supervisor.state.datapath_of(&rule), expected);
+        supervisor.check_settled();
+    };
+    check(&mut supervisor, Datapath::Redirect);
+    // Of what is not there nothing is known.
+    supervisor.links(links(0..2));
+    supervisor.take(open(&["eth1"]));
+    check(&mut supervisor, Datapath::Redirect);
+    // Of what is there all is to be known.
+    supervisor.links(links(0..3));
+    check(&mut supervisor, Datapath::AfXdp);
+    supervisor.take(open(&["eth1", "eth2"]));
+    check(&mut supervisor, Datapath::Redirect);
+}
+
+#[test]
 fn an_mtu_that_no_chunk_holds_is_af_packets_until_it_is_another() {
     let mut supervisor = Supervisor::new();
     supervisor.links(links(0..4));
