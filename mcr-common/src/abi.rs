@@ -1,7 +1,7 @@
 //! The version of everything that crosses the boundary between the eBPF object and user space.
 
 /// Raised whenever a shared type, a map's name or shape, or the meaning of a field changes.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Symbol in the eBPF object that holds [`ABI_VERSION`] as four bytes, little endian.
 pub const ABI_SYMBOL: &str = "MCR_ABI_VERSION";
@@ -23,6 +23,8 @@ pub const FILTER: &str = "mcr_filter";
 pub mod map {
     /// Hash: [`FlowKey4`](crate::flow::FlowKey4) to [`FlowValue`](crate::flow::FlowValue).
     pub const FLOWS_V4: &str = "mcr_flows_v4";
+    /// Array of one: how many flows are for one source.
+    pub const SOURCE_FLOWS: &str = "mcr_src_flows";
     /// Per-CPU array by rule slot: [`RuleCounters`](crate::counters::RuleCounters).
     pub const RULES: &str = "mcr_rules";
     /// Per-CPU array by [`verdicts_of`](super::verdicts_of): [`Verdicts`](crate::counters::Verdicts).
@@ -41,7 +43,9 @@ pub mod map {
     pub const CHAINS: &str = "mcr_chains";
     /// Array by [`record`](crate::redirect::record): [`Record`](crate::redirect::Record).
     pub const RECORDS: &str = "mcr_records";
-    /// Per-CPU hash by output slot: [`OutputCounters`](crate::counters::OutputCounters).
+    /// Per-CPU array by output slot, of the lower ones: [`OutputCounters`](crate::counters::OutputCounters).
+    pub const LOW_OUTPUTS: &str = "mcr_low_outputs";
+    /// Per-CPU hash by output slot, of the others: the same.
     pub const OUTPUTS: &str = "mcr_outputs";
 }
 

@@ -78,6 +78,12 @@ pub struct Fan {
     pub mtu: u32,
     /// Its first record.
     pub first: u32,
+    /// How many outputs it has.
+    pub outputs: u32,
+    /// Interface index of the first output's device.
+    pub device: u32,
+    /// The chain on that device. Those on others are looked for.
+    pub chain: Chain,
 }
 
 /// Index of one of a rule's two fans. `bank` is 1 or 2.
@@ -103,7 +109,7 @@ pub struct ChainKey {
 
 /// How far the clones of a frame have come on a device, for each CPU.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
     /// Of the last frame seen; 0 before the first.
     pub sequence: u64,
@@ -300,7 +306,7 @@ const fn fold(sum: u32) -> u16 {
 }
 
 const _: () = assert!(size_of::<Rewrite>() == 32 && align_of::<Rewrite>() == 4);
-const _: () = assert!(size_of::<Record>() == 44 && size_of::<Fan>() == 16);
+const _: () = assert!(size_of::<Record>() == 44 && size_of::<Fan>() == 40);
 const _: () = assert!(size_of::<ChainKey>() == 8 && size_of::<Chain>() == 16);
 
 // SAFETY: repr(C) without padding, and any bit pattern is a value.

@@ -170,10 +170,7 @@ pub fn update<T, R, const N: usize>(
     index: u32,
     change: impl FnOnce(&mut T) -> R,
 ) -> Option<R> {
-    let value = map.get_ptr_mut(index)?;
-    // SAFETY: the kernel returned a pointer to a live value of this CPU; the program runs to its end
-    // on this CPU without being entered again, and changes one value at a time.
-    Some(change(unsafe { &mut *value }))
+    update_at(map.get_ptr_mut(index), change)
 }
 
 /// Changes this CPU's value of `key`; `None` if there is no such key.
@@ -183,8 +180,16 @@ pub fn update_of<K, T, R, const N: usize, const FLAGS: usize>(
     key: &K,
     change: impl FnOnce(&mut T) -> R,
 ) -> Option<R> {
-    let value = map.get_ptr_mut(key)?;
-    // SAFETY: as in `update`. User space removes a key after the last program that may look for it has ended.
+    update_at(map.get_ptr_mut(key), change)
+}
+
+/// Changes the value that a per-CPU map answered, if it answered one.
+#[inline(always)]
+pub fn update_at<T, R>(value: Option<*mut T>, change: impl FnOnce(&mut T) -> R) -> Option<R> {
+    let value = value?;
+    // SAFETY: the kernel returned a pointer to a live value of this CPU; the program runs to its end on this CPU without
+    // being entered again, and changes one value at a time. User space removes a key after the last program that may
+    // look for it has ended.
     Some(change(unsafe { &mut *value }))
 }
 

@@ -11,7 +11,7 @@ mod redirect;
 
 use aya_ebpf::{
     bindings::xdp_action,
-    btf_maps::{HashMap, PerCpuArray, XskMap},
+    btf_maps::{Array, HashMap, PerCpuArray, XskMap},
     macros::{btf_map, socket_filter, xdp},
     programs::{SkBuffContext, XdpContext},
 };
@@ -31,6 +31,9 @@ static MCR_ABI_VERSION: u32 = abi::ABI_VERSION;
 // The names of the maps are the names that bpftool shows: `mcr_common::abi::map`.
 #[btf_map(name = "mcr_flows_v4")]
 static FLOWS_V4: HashMap<FlowKey4, FlowValue, { abi::DEFAULT_MAX_RULES as usize }> = HashMap::new();
+
+#[btf_map(name = "mcr_src_flows")]
+static SOURCE_FLOWS: Array<u32, 1> = Array::new();
 
 #[btf_map(name = "mcr_rules")]
 static RULES: PerCpuArray<RuleCounters, { abi::DEFAULT_MAX_RULES as usize }> = PerCpuArray::new();
@@ -186,9 +189,13 @@ fn count_rule(slot: u32, verdict: &Verdict, datagrams: u32, bytes: u16) {
 /// The flow of a datagram: the rule for its source goes before the rule for any source.
 #[inline(always)]
 fn find(datagram: &Datagram) -> Option<FlowValue> {
-    let specific = FlowKey4::source_group(datagram.source, datagram.group, datagram.port);
-    let any = FlowKey4::any_source(datagram.group, datagram.port);
-    kernel::lookup(&FLOWS_V4, &specific).or_else(|| kernel::lookup(&FLOWS_V4, &any))
+    if SOURCE_FLOWS.get(0).is_some_and(|flows| *flows > 0) {
+        let specific = FlowKey4::source_group(datagram.source, datagram.group, datagram.port);
+        if let Some(flow) = kernel::lookup(&FLOWS_V4, &specific) {
+            return Some(flow);
+        }
+    }
+    kernel::lookup(&FLOWS_V4, &FlowKey4::any_source(datagram.group, datagram.port))
 }
 
 #[cfg(not(test))]

@@ -37,6 +37,9 @@ static RECORDS: Array<Record, { 2 * RULES }> = Array::new();
 static CHAINS: PerCpuHashMap<ChainKey, Chain, { 2 * RULES }, { BPF_F_NO_PREALLOC as usize }> =
     PerCpuHashMap::new();
 
+#[btf_map(name = "mcr_low_outputs")]
+static LOW_OUTPUTS: PerCpuArray<OutputCounters, RULES> = PerCpuArray::new();
+
 #[btf_map(name = "mcr_outputs")]
 static OUTPUTS: PerCpuHashMap<u32, OutputCounters, RULES, { BPF_F_NO_PREALLOC as usize }> =
     PerCpuHashMap::new();
@@ -60,7 +63,7 @@ pub fn broadcast(ctx: &XdpContext, rule: u32, datagram: &Datagram) -> Verdict {
         count(&mut fan.frames, 1);
         *fan
     });
-    let Some(Fan { frames, mtu, first }) = numbered else {
+    let Some(Fan { frames, mtu, first, outputs, .. }) = numbered else {
         return Verdict::NoOutput;
     };
     if !kernel::write_tag(ctx, Tag { sequence: frames, fan }) {
@@ -70,9 +73,11 @@ pub fn broadcast(ctx: &XdpContext, rule: u32, datagram: &Datagram) -> Verdict {
     if datagram_len > mtu + MTU_SLACK {
         kernel::repeat(MOST_OUTPUTS, &mut Walk { at: first, len: datagram_len }, count_skipped);
     }
-    match devices.redirect(0, u64::from(BPF_F_BROADCAST)) {
-        Ok(_) => Verdict::Redirected,
-        Err(_) => Verdict::NotRedirected,
+    // One output needs no clone. If its device is gone the kernel drops the frame, as a broadcast would pass the device by.
+    let flags = if outputs == 1 { xdp_action::XDP_DROP } else { BPF_F_BROADCAST };
+    match devices.redirect(0, u64::from(flags)) {
+        Err(_) if outputs != 1 => Verdict::NotRedirected,
+        _ => Verdict::Redirected,
     }
 }
 
@@ -85,8 +90,8 @@ struct Walk {
 /// Counts a datagram as too big at an output whose device the kernel will skip for its length, and goes on to the next.
 extern "C" fn count_skipped(_step: u32, walk: &mut Walk) -> i64 {
     let Some(record) = RECORDS.get(walk.at) else { return 1 };
-    let skipped = walk.len > record.rewrite.mtu + MTU_SLACK;
-    kernel::update_of(&OUTPUTS, &record.output, |output| count(&mut output.too_big, u64::from(skipped)));
+    let too_big = walk.len > record.rewrite.mtu + MTU_SLACK;
+    count_output(record.output, Outcome { sent: false, too_big, ttl_expired: false, payload_len: 0 });
     walk.at = record.after;
     0
 }
@@ -102,27 +107,65 @@ pub fn rewrite(ctx: &mut XdpContext, device: u32) -> u32 {
     };
     let len = redirect::datagram_len(headers);
     let outcome = redirect::rewrite(headers, &record.rewrite);
-    let sent = u64::from(outcome.is_ok());
-    let too_big = outcome == Err(Refusal::TooBig) && len <= record.rewrite.mtu + MTU_SLACK;
-    let payload_len = len.wrapping_sub((IPV4_LEN + UDP_LEN) as u32);
-    kernel::update_of(&OUTPUTS, &record.output, |output| {
-        count(&mut output.rewritten, sent);
-        count(&mut output.rewritten_bytes, sent * u64::from(payload_len));
-        // Beyond the slack the XDP program has counted it.
-        count(&mut output.too_big, u64::from(too_big));
-        count(&mut output.ttl_expired, u64::from(outcome == Err(Refusal::TtlExpired)));
-    });
+    count_output(
+        record.output,
+        Outcome {
+            sent: outcome.is_ok(),
+            // Beyond the slack the XDP program has counted it.
+            too_big: outcome == Err(Refusal::TooBig) && len <= record.rewrite.mtu + MTU_SLACK,
+            ttl_expired: outcome == Err(Refusal::TtlExpired),
+            payload_len: len.wrapping_sub((IPV4_LEN + UDP_LEN) as u32),
+        },
+    );
     if outcome.is_ok() { xdp_action::XDP_PASS } else { xdp_action::XDP_DROP }
+}
+
+/// What became of a datagram at an output.
+#[derive(Clone, Copy)]
+struct Outcome {
+    sent: bool,
+    too_big: bool,
+    ttl_expired: bool,
+    payload_len: u32,
+}
+
+impl Outcome {
+    #[inline(always)]
+    fn add_to(self, output: &mut OutputCounters) {
+        let sent = u64::from(self.sent);
+        count(&mut output.rewritten, sent);
+        count(&mut output.rewritten_bytes, sent * u64::from(self.payload_len));
+        count(&mut output.too_big, u64::from(self.too_big));
+        count(&mut output.ttl_expired, u64::from(self.ttl_expired));
+    }
+}
+
+/// Counts at an output.
+#[inline(always)]
+fn count_output(slot: u32, outcome: Outcome) {
+    let counters = LOW_OUTPUTS.get_ptr_mut(slot).or_else(|| OUTPUTS.get_ptr_mut(&slot));
+    kernel::update_at(counters, |output| outcome.add_to(output));
 }
 
 /// The output whose turn it is among the fan's on this device.
 #[inline(always)]
 fn turn(tag: &Tag, device: u32) -> Option<&'static Record> {
-    kernel::update_of(&CHAINS, &ChainKey { fan: tag.fan, device }, |chain| {
-        let at = if chain.sequence == tag.sequence { chain.next } else { chain.first };
-        let record = RECORDS.get(at)?;
-        chain.sequence = tag.sequence;
-        chain.next = record.next;
-        Some(record)
+    let of_fan = kernel::update(&FANS, tag.fan, |fan| {
+        (fan.device == device).then(|| next(&mut fan.chain, tag.sequence))
+    })?;
+    of_fan.or_else(|| {
+        kernel::update_of(&CHAINS, &ChainKey { fan: tag.fan, device }, |chain| next(chain, tag.sequence))
     })?
+}
+
+/// The record of a frame's next clone.
+#[inline(always)]
+fn next(chain: &mut Chain, sequence: u64) -> Option<&'static Record> {
+    let Chain { sequence: last, next, first } = *chain;
+    // No branch: a pointer to one of two fields is arithmetic that takes CAP_PERFMON.
+    let same = u32::from(last == sequence).wrapping_neg();
+    let record = RECORDS.get(first ^ ((first ^ next) & same))?;
+    chain.sequence = sequence;
+    chain.next = record.next;
+    Some(record)
 }

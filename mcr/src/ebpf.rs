@@ -112,6 +112,7 @@ impl Object {
             .map_max_entries(map::FANS, 1)
             .map_max_entries(map::DEVICES, 1)
             .map_max_entries(map::RECORDS, 1)
+            .map_max_entries(map::LOW_OUTPUTS, 1)
             .load(self.bytes())?;
         xdp(&mut ebpf, abi::PROGRAM)?.load()?;
         xdp(&mut ebpf, abi::REWRITE)?.load()?;

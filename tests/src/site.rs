@@ -10,6 +10,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -356,9 +357,12 @@ impl Sink {
     /// Makes the egress link, with the addresses at its ends; the relay's is down.
     #[track_caller]
     pub fn plug(&self, relay: &Namespace) {
+        // Past the indices that the relay host gives: an interface that is made anew is another.
+        static INDEX: AtomicU32 = AtomicU32::new(1_000);
         let Self { host, address, interface, relay_address, ground } = self;
+        let index = INDEX.fetch_add(1, Ordering::Relaxed);
         host.ip(&[
-            &format!("link add name {ETH} type veth peer name {interface} netns {}", relay.name()),
+            &format!("link add name {interface} index {index} type veth peer name {ETH}"),
             &format!("addr add {address}/24 dev {ETH}"),
             &format!("link set {ETH} up"),
             &format!("route add 224.0.0.0/4 dev {ETH}"),
@@ -366,6 +370,7 @@ impl Sink {
         if *ground == Ground::Kernel {
             take_redirected(host, ETH);
         }
+        host.ip(&[&format!("link set {interface} netns {}", relay.name())]);
         relay.ip(&[&format!("addr add {relay_address}/24 dev {interface}")]);
     }
 

@@ -18,8 +18,8 @@ use crate::{
     wait::{PATIENCE, wait_until},
 };
 
-/// Most datagrams in one go. A sender that was kept from the CPU falls behind its rate rather than
-/// overrun the 256 frames of a veth's ring.
+/// Most datagrams in one go, unless a stream says another. A sender that was kept from the CPU falls behind its rate
+/// rather than overrun the 256 frames of a veth's ring.
 const BURST: u64 = 32;
 
 /// What is sent, to where. Payloads start with the sequence number, eight bytes, big endian.
@@ -37,11 +37,13 @@ pub struct Stream {
     pub count: u64,
     /// Source port; any if 0.
     pub port: u16,
+    /// Most datagrams in one go.
+    pub burst: u64,
 }
 
 impl Stream {
     pub fn to(to: SocketAddrV4) -> Self {
-        Self { to, rate: 5_000, size: 1316, ttl: 8, tos: 0, count: u64::MAX, port: 0 }
+        Self { to, rate: 5_000, size: 1316, ttl: 8, tos: 0, count: u64::MAX, port: 0, burst: BURST }
     }
 }
 
@@ -125,7 +127,7 @@ fn pace(socket: &Socket, stream: Stream, stop: &AtomicBool, sent: &AtomicU64) {
     let mut sequence = 0;
     while sequence < stream.count && !stop.load(Ordering::Acquire) {
         let due = (start.elapsed().as_micros() * u128::from(stream.rate) / 1_000_000) as u64;
-        for _ in 0..due.saturating_sub(sequence).min(BURST).min(stream.count - sequence) {
+        for _ in 0..due.saturating_sub(sequence).min(stream.burst).min(stream.count - sequence) {
             payload[..8].copy_from_slice(&sequence.to_be_bytes());
             // A byte that differs from datagram to datagram, far from the sequence number.
             if let Some(last) = payload[8..].last_mut() {

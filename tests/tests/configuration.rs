@@ -11,8 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mcr::api::wire::{ConfigOutcome, ConfigSaved, ConfigText, LoadOutcome, RuleInfo, RuleOutcome, Status};
+use mcr::api::wire::{
+    ConfigOutcome, ConfigSaved, ConfigText, LoadOutcome, Outcome, RuleInfo, RuleOutcome, Status,
+};
 use nix::sys::signal::Signal;
+use sha2::{Digest, Sha256};
 use tests::{
     Generator, Ground, Receiver, Relay, Site, Source,
     capture::assert_sequence,
@@ -722,6 +725,78 @@ fn odd_files_are_told_or_passed_over_and_never_waited_for() {
     let outcome: ConfigOutcome = tests::Process::spawn(&mut piped).answer(tests::relay::CALL).json();
     let removed: Vec<_> = outcome.removed.iter().map(|rule| rule.name.as_deref()).collect();
     assert_eq!((removed, outcome.unchanged), (vec![Some("saved")], 1), "{before:?}");
+}
+
+#[test]
+fn a_fifo_in_the_place_of_what_was_saved_is_told_and_not_waited_for() {
+    let site = Site::default();
+    let files = Files::of(&site, "");
+    let relay = files.start(&site);
+    relay.add("mine", "239.1.1.50:5000@in0", &["239.2.2.50:6000@out1"]);
+    nix::unistd::mkfifo(&files.0.join("rules.d/mcr-saved.toml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for change in [
+        &["rule", "add", "new", "--in", "239.1.1.1:5000@in0", "--out", "239.2.2.1:6000@out1", "--save"][..],
+        &["rule", "set", "mine", "--add-out", "239.2.2.1:6000@out1", "--save"],
+        &["rule", "remove", "mine", "--save"],
+        &["config", "save"],
+    ] {
+        refused(&relay, change, &["mcr-saved.toml cannot be read: it is no regular file"]);
+    }
+    assert_eq!(names(&relay.show_all()), ["mine"]);
+}
+
+#[test]
+fn a_rule_that_was_to_be_saved_and_cannot_be_is_not_added() {
+    let site = Site::default();
+    let files = Files::of(&site, "");
+    let relay = files.start(&site);
+    // A link that leads nowhere: nothing is there to be read, and nothing can be written.
+    let saved = files.0.join("rules.d/mcr-saved.toml");
+    std::os::unix::fs::symlink("/nowhere/saved.toml", &saved).unwrap();
+    let add = ["rule", "add", "cam", "--in", "239.1.1.1:5000@in0", "--out", "239.2.2.2:6000@out0"];
+    let save = [&add[..], &["--save"]].concat();
+    refused(&relay, &save, &["mcr: ", "mcr-saved.toml cannot be written: No such file"]);
+    assert!(relay.show_all().is_empty());
+    let journal = || fs::read_to_string(site.scratch.dir().join("mcr.sock.journal")).unwrap();
+    assert!(!journal().contains("cam"));
+    // One that was there stays.
+    relay.cli(&add).ok();
+    refused(&relay, &save, &["mcr-saved.toml cannot be written"]);
+    refused(
+        &relay,
+        &["rule", "set", "cam", "--add-out", "239.2.2.3:6000@out0", "--save"],
+        &["rule 'cam' was changed, but not saved: ", "mcr-saved.toml cannot be written"],
+    );
+    assert_eq!((relay.show("cam").outputs.len(), relay.show("cam").origin.as_str()), (2, "cli"));
+    assert!(journal().contains("239.2.2.3"));
+    fs::remove_file(saved).unwrap();
+    relay.cli(&["config", "save"]).ok();
+    assert_eq!(relay.show("cam").origin, "file");
+}
+
+#[test]
+fn a_rule_of_the_journal_that_cannot_be_read_can_be_let_go() {
+    let site = Site::default();
+    let mut relay = Relay::start(&site);
+    relay.add_with("cam", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"], &["--datapath", "auto"]);
+    relay.signal(Signal::SIGKILL);
+    relay.wait(PATIENCE);
+    // As a later mcr may have written it.
+    let journal = site.scratch.dir().join("mcr.sock.journal");
+    let text = fs::read_to_string(&journal).unwrap().replace("\"auto\"", "\"teleport\"");
+    let [magic, _, body] = text.splitn(3, ' ').collect::<Vec<_>>()[..] else { panic!("{text}") };
+    let sum = Sha256::digest(body).iter().fold(String::new(), |sum, byte| sum + &format!("{byte:02x}"));
+    fs::write(&journal, format!("{magic} {sum} {body}")).unwrap();
+    relay.start_again(&site);
+    let problems = |relay: &Relay| relay.json::<Status>(&["status"]).problems;
+    let [problem] = &problems(&relay)[..] else { panic!("{:?}", problems(&relay)) };
+    assert!(problem.what.contains("rule cam") && problem.what.contains("teleport"), "{problem:?}");
+    assert_eq!(problem.next, "mcr rule remove cam");
+    let removed: RuleOutcome = relay.json(&["rule", "remove", "cam"]);
+    assert_eq!((removed.outcome, removed.rule.name.as_str()), (Outcome::Removed, "cam"));
+    assert_eq!(removed.rule.outputs[0].to, "239.2.2.2:6000@out0");
+    assert_eq!(problems(&relay), []);
+    assert!(!fs::read_to_string(&journal).unwrap().contains("cam"));
 }
 
 #[test]

@@ -88,6 +88,36 @@ fn tagged_frames_are_counted_and_left_to_the_host() {
     assert_sequence(&sink.exactly(TO, 200), 0..200);
 }
 
+fn frames_with_ip_options_are_counted_and_left_to_the_host() {
+    let site = Site::build(Plan { sinks: 1, ..Plan::default() });
+    let relay = Relay::start(&site);
+    relay.add("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let mut sink = site.capture(0);
+    let sender = RawSender::new(site.source(), ETH);
+    let before = relay.interface("in0").verdicts["ip_options"];
+    for n in 0..100u64 {
+        let plain = udp().payload(&n.to_be_bytes()).frame();
+        let mut frame = plain.clone();
+        // Three that do nothing and one that ends them: a header of 24 bytes.
+        frame.splice(IP + 20..IP + 20, [1, 1, 1, 0]);
+        frame[IP] = 0x46;
+        frame[IP + 3] += 4;
+        // The sum of the header's other words goes up by as much as these do.
+        let sum = [frame[IP..IP + 10].to_vec(), frame[IP + 12..IP + 24].to_vec()].concat();
+        let sum = sum
+            .chunks_exact(2)
+            .fold(0u32, |sum, word| sum + u32::from(u16::from_be_bytes([word[0], word[1]])));
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        frame[IP + 10..IP + 12].copy_from_slice(&sum.to_be_bytes());
+        sender.send(&frame);
+        sender.send(&plain);
+    }
+    relay.balanced("cam1", 100);
+    assert_eq!(relay.interface("in0").verdicts["ip_options"] - before, 100);
+    assert_sequence(&sink.exactly(TO, 100), 0..100);
+}
+
 /// Sends `runs` runs of `segments` datagrams by `UDP_SEGMENT`, which leave a virtual sender as one frame
 /// each, and plain datagrams between them.
 fn play_super_packets(site: &Site, runs: u64, segments: u64, bytes: usize) -> u64 {
@@ -178,6 +208,15 @@ fn a_ring_outlives_the_mtu_that_it_was_made_for() {
 tests::on_every_ground!(
     jumbo_frames_are_relayed_whole,
     tagged_frames_are_counted_and_left_to_the_host,
+    frames_with_ip_options_are_counted_and_left_to_the_host,
+    super_packets_of_a_virtual_sender_are_relayed_as_the_datagrams_that_they_are,
+    runts_and_lies_are_counted_and_left_to_the_host,
+);
+
+tests::by_the_kernel!(
+    jumbo_frames_are_relayed_whole,
+    tagged_frames_are_counted_and_left_to_the_host,
+    frames_with_ip_options_are_counted_and_left_to_the_host,
     super_packets_of_a_virtual_sender_are_relayed_as_the_datagrams_that_they_are,
     runts_and_lies_are_counted_and_left_to_the_host,
 );

@@ -64,6 +64,29 @@ fn nothing_leaves_after_a_removal_was_answered() {
     source.stop();
 }
 
+fn nothing_leaves_by_an_output_after_its_deletion_was_answered() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    let (gone, stays) = ("239.2.2.3:6000@out0", "239.2.2.2:6000@out0");
+    relay.add("cam1", "239.1.1.1:5000@in0", &[gone, stays]);
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let to: SocketAddrV4 = "239.2.2.3:6000".parse().unwrap();
+    let mut sink = site.capture(0);
+    let source = Source::start(site.source(), Stream { rate: 10_000, ..Stream::to(GROUP) });
+    for _ in 0..5 {
+        let before = sink.count(to);
+        sink.at_least(to, before + 500);
+        relay.set("cam1", &["--del-out", gone]);
+        let count = sink.count(to);
+        source.wait_for_more(1_000);
+        assert_eq!(sink.count(to), count, "datagrams left after the deletion was answered");
+        relay.set("cam1", &["--add-out", gone]);
+    }
+    let sent = source.stop();
+    relay.balanced("cam1", sent);
+    assert_sequence(&sink.exactly(OUTPUT, sent as usize), 0..sent);
+}
+
 fn the_very_same_rule_again_is_unchanged() {
     let site = Site::default();
     let relay = Relay::start(&site);
@@ -198,10 +221,13 @@ tests::on_every_ground!(
 tests::by_the_kernel!(
     rules_come_and_go_while_another_stream_loses_nothing,
     nothing_leaves_after_a_removal_was_answered,
+    nothing_leaves_by_an_output_after_its_deletion_was_answered,
     several_rules_may_feed_one_output_if_each_says_so,
     a_rule_for_any_source_comes_and_goes_beside_one_for_a_source,
     a_rule_for_a_source_takes_its_stream_over_without_loss,
 );
+
+tests::on_both_datapaths!(nothing_leaves_by_an_output_after_its_deletion_was_answered);
 
 tests::without_bpf!(
     rules_come_and_go_while_another_stream_loses_nothing,

@@ -56,9 +56,11 @@ fn a_missing_capability_is_named() {
         without_capabilities(&mut command, capabilities);
         check(&site, &mut command, &[name]);
     }
-    let mut command = Relay::command(&site);
-    without_capabilities(command.args(["--datapath", "af-xdp"]), NO_BPF);
-    check(&site, &mut command, &["CAP_BPF", "af-packet"]);
+    for datapath in ["af-xdp", "redirect"] {
+        let mut command = Relay::command(&site);
+        without_capabilities(command.args(["--datapath", datapath]), NO_BPF);
+        check(&site, &mut command, &["CAP_BPF", "--datapath af-packet"]);
+    }
 }
 
 #[test]
@@ -103,7 +105,7 @@ fn frames_that_do_not_fit_are_refused_with_the_sum() {
     assert_eq!(relay.log().matches(sum).count(), 1, "one warning:\n{}", relay.log());
 }
 
-/// `CAP_PERFMON` is among those taken away: without it the verifier is at its strictest.
+/// `CAP_PERFMON`, which is documented too, is among those taken away: without it the verifier is at its strictest.
 #[test]
 fn the_documented_capabilities_suffice() {
     const NEEDED: [libc::c_ulong; 4] = [CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_BPF];

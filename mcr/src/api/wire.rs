@@ -319,7 +319,7 @@ pub struct RuleStats {
     /// It had datagrams, and none for as long as the daemon's `stalled_after`, 10 s unless said otherwise.
     #[serde(default)]
     pub stalled: bool,
-    /// Before any output: `no_worker`, `loop`, `cut`.
+    /// Before any output: `no_worker`, `loop`, `cut`, `not_redirected`.
     pub dropped: BTreeMap<String, u64>,
     pub outputs: Vec<OutputStats>,
 }
@@ -396,7 +396,7 @@ pub struct WorkerInfo {
     pub cpu: Option<u32>,
     /// Absent while it is being restarted.
     pub pid: Option<u32>,
-    /// `running`, `starting` or `restarting`.
+    /// `running` or `restarting`.
     pub state: String,
     pub restarts: u64,
     /// Why it ended last.
@@ -570,9 +570,5 @@ pub mod code {
 impl Error {
     pub fn refused(message: impl Into<String>) -> Self {
         Self { code: code::REFUSED, message: message.into() }
-    }
-
-    pub fn unknown_rule(name: &str) -> Self {
-        Self { code: code::UNKNOWN_RULE, message: format!("there is no rule '{name}': see `mcr rule list`") }
     }
 }

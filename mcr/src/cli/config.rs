@@ -1,8 +1,7 @@
 //! `mcr config`: files to a daemon that runs, and what runs to files.
 
 use std::{
-    fs,
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,8 +13,8 @@ use serde::Serialize;
 use super::{print, remote::Remote, text};
 use crate::{
     api::wire::{
-        ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, LoadOutcome, Request, RuleSpec, SCHEMA,
-        SettingDifference,
+        ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, LoadOutcome, Request, RuleDifference, RuleSpec,
+        SCHEMA, SettingDifference,
     },
     config::{self, HEAD, Mistake, Source, options::Options},
     rule::DatapathChoice,
@@ -142,9 +141,7 @@ fn load(remote: &Remote, file: &Path, confirm_within_s: Option<u32>) -> anyhow::
         if shown != plan(&outcome) {
             print(&format!("the rules have changed meanwhile; what was done:\n{}", plan(&outcome)))?;
         }
-        for warning in &outcome.warnings {
-            let _ = writeln!(io::stderr(), "warning: {}", text::one_line(warning));
-        }
+        remote.warn(&outcome.warnings);
     }
     remote.show(&outcome, |outcome, _| done(outcome))
 }
@@ -185,17 +182,15 @@ fn plan(outcome: &ConfigOutcome) -> String {
         let name = rule.name.as_deref().unwrap_or_default();
         format!("{sign} {name}: {} -> {}\n", rule.input, rule.outputs.join(", "))
     };
+    let changed = |changed: &RuleDifference| format!("~ {}: {}\n", changed.name, changed.difference);
+    let adopted = |name: &String| format!("= {name}: added by command, now from the file\n");
     let mut lines: Vec<_> = outcome.removed.iter().map(|removed| rule('-', removed)).collect();
     lines.extend(outcome.added.iter().map(|added| rule('+', added)));
-    lines.extend(
-        outcome.changed.iter().map(|changed| format!("~ {}: {}\n", changed.name, changed.difference)),
-    );
-    lines.extend(
-        outcome.adopted.iter().map(|name| format!("= {name}: added by command, now from the file\n")),
-    );
+    lines.extend(outcome.changed.iter().map(changed));
+    lines.extend(outcome.adopted.iter().map(adopted));
     lines.extend(outcome.settings.iter().map(setting));
-    let unchanged = outcome.unchanged as usize;
-    lines.push(format!("{} rule{} unchanged\n", text::count(unchanged as u64), text::plural(unchanged)));
+    let unchanged = text::count(outcome.unchanged.into());
+    lines.push(format!("{unchanged} rule{} unchanged\n", text::plural(outcome.unchanged as usize)));
     lines.concat()
 }
 

@@ -1,6 +1,9 @@
 //! What every command that talks to the daemon has in common.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -53,6 +56,13 @@ impl Remote {
             print(&line)
         } else {
             print(&render(answer, text::width()))
+        }
+    }
+
+    /// Tells a person what an answer warns of.
+    pub fn warn(&self, warnings: &[String]) {
+        for warning in warnings.iter().filter(|_| !self.json) {
+            let _ = writeln!(io::stderr(), "warning: {}", text::one_line(warning));
         }
     }
 

@@ -95,6 +95,14 @@ pub fn in_one_line(mistakes: &[Mistake]) -> String {
     }
 }
 
+/// Reads a fragment, if there is one.
+pub fn fragment_there(file: &Path) -> Result<Option<Source>, Unreadable> {
+    match source(file, true) {
+        Err(Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
 /// Reads a file; one that is to be regular is not waited for.
 fn source(file: &Path, regular: bool) -> Result<Source, Unreadable> {
     let unreadable = |source| Unreadable { file: file.to_owned(), source };

@@ -49,8 +49,9 @@ pub(super) mod mark {
 }
 
 /// The maps of the object.
-pub(super) const MAPS: [&str; 11] = [
+pub(super) const MAPS: [&str; 13] = [
     map::FLOWS_V4,
+    map::SOURCE_FLOWS,
     map::RULES,
     map::VERDICTS,
     map::QUEUES,
@@ -59,6 +60,7 @@ pub(super) const MAPS: [&str; 11] = [
     map::FANS,
     map::DEVICES,
     map::RECORDS,
+    map::LOW_OUTPUTS,
     map::OUTPUTS,
     map::CHAINS,
 ];

@@ -114,6 +114,7 @@ pub(super) struct Redirect {
     devices: MapData,
     records: Array<MapData, Record>,
     chains: PerCpuHashMap<MapData, ChainKey, Chain>,
+    low_outputs: PerCpuArray<MapData, OutputCounters>,
     outputs: PerCpuHashMap<MapData, u32, OutputCounters>,
     shares: HashMap<MapData, u32, [u64; 3]>,
     cpus: usize,
@@ -136,6 +137,7 @@ impl Redirect {
             },
             records: maps.take(map::RECORDS)?,
             chains: maps.take(map::CHAINS)?,
+            low_outputs: maps.take(map::LOW_OUTPUTS)?,
             outputs: maps.take(map::OUTPUTS)?,
             shares: maps.make(pinned::received_shape(max_rules), RECEIVED)?,
             cpus: nr_cpus().map_err(|(file, error)| (file.into(), error.to_string()))?,
@@ -226,17 +228,11 @@ impl Redirect {
     ) -> Result<RedirectTotals, MapAccessError> {
         let mut totals = RedirectTotals::default();
         // First, so that what is on its way is never counted as sent and not as received.
-        match self.outputs.get(&output.0, 0) {
-            Ok(cpus) => {
-                for cpu in cpus.iter() {
-                    totals.counters.rewritten += cpu.rewritten;
-                    totals.counters.rewritten_bytes += cpu.rewritten_bytes;
-                    totals.counters.too_big += cpu.too_big;
-                    totals.counters.ttl_expired += cpu.ttl_expired;
-                }
-            }
-            Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(access(map::OUTPUTS, "read")(error)),
+        for cpu in self.counters(output)?.iter().flat_map(|cpus| cpus.iter()) {
+            totals.counters.rewritten += cpu.rewritten;
+            totals.counters.rewritten_bytes += cpu.rewritten_bytes;
+            totals.counters.too_big += cpu.too_big;
+            totals.counters.ttl_expired += cpu.ttl_expired;
         }
         for bank in [1, 2] {
             if let Some(share) = self.share(output, bank)? {
@@ -278,6 +274,7 @@ impl Redirect {
             self.set_share(*slot, bank, Share { former, since, fan, egress: *egress })?;
         }
         let mut firsts: BTreeMap<IfIndex, u32> = BTreeMap::new();
+        let device = outputs.first().map_or(IfIndex(0), |output| output.egress);
         let mut after = NO_RECORD;
         for output in outputs.iter().rev() {
             let next = firsts.insert(output.egress, record(output)).unwrap_or(NO_RECORD);
@@ -286,15 +283,19 @@ impl Redirect {
             self.records.set(after, value, 0).map_err(access(map::RECORDS, "written"))?;
             self.open_counters(output.slot)?;
         }
+        let chain_from = |first| Chain { sequence: 0, next: first, first };
+        let chain = chain_from(firsts.remove(&device).unwrap_or(NO_RECORD));
         for (device, first) in firsts {
             let key = ChainKey { fan, device: device.0 };
-            let chain = Chain { sequence: 0, next: first, first };
+            let chain = chain_from(first);
             let chain = self.on_every_cpu(chain).map_err(access(map::CHAINS, "written"))?;
             self.chains.insert(key, chain, 0).map_err(access(map::CHAINS, "written"))?;
         }
         let mtu = outputs.iter().map(|output| output.rewrite.mtu).min().unwrap_or_default();
         let cpus = self.fans.get(&fan, 0).map_err(access(map::FANS, "read"))?;
-        let cpus: Vec<_> = cpus.iter().map(|cpu| Fan { mtu, first: after, ..*cpu }).collect();
+        let (count, device) = (outputs.len() as u32, device.0);
+        let fan_of = |cpu: &Fan| Fan { mtu, first: after, outputs: count, device, chain, ..*cpu };
+        let cpus: Vec<_> = cpus.iter().map(fan_of).collect();
         let cpus =
             PerCpuValues::try_from(cpus).map_err(|error| access(map::FANS, "written")(error.into()))?;
         self.fans.set(fan, cpus, 0).map_err(access(map::FANS, "written"))
@@ -302,13 +303,23 @@ impl Redirect {
 
     /// Counters go on where an output had some.
     fn open_counters(&mut self, slot: OutputSlot) -> Result<(), MapAccessError> {
-        match self.outputs.get(&slot.0, 0) {
-            Ok(_) => Ok(()),
-            Err(MapError::KeyNotFound) => {
-                let zero = self.on_every_cpu(OutputCounters::default());
-                let zero = zero.map_err(access(map::OUTPUTS, "written"))?;
-                self.outputs.insert(slot.0, zero, 0).map_err(access(map::OUTPUTS, "written"))
-            }
+        if self.counters(slot)?.is_some() {
+            return Ok(());
+        }
+        let zero = self.on_every_cpu(OutputCounters::default());
+        let zero = zero.map_err(access(map::OUTPUTS, "written"))?;
+        self.outputs.insert(slot.0, zero, 0).map_err(access(map::OUTPUTS, "written"))
+    }
+
+    fn counters(&self, slot: OutputSlot) -> Result<Option<PerCpuValues<OutputCounters>>, MapAccessError> {
+        let found = if slot.0 < self.low_outputs.len() {
+            self.low_outputs.get(&slot.0, 0)
+        } else {
+            self.outputs.get(&slot.0, 0)
+        };
+        match found {
+            Ok(cpus) => Ok(Some(cpus)),
+            Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(access(map::OUTPUTS, "read")(error)),
         }
     }

@@ -1,6 +1,7 @@
 //! What one interface has in the kernel.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
@@ -49,7 +50,7 @@ pub struct Placement<'a> {
 
 impl Placement<'_> {
     /// Entries of the maps whose size depends on the interface or on the daemon.
-    pub(super) fn sizes(&self) -> [(&'static str, u32); 10] {
+    pub(super) fn sizes(&self) -> [(&'static str, u32); 11] {
         [
             // A flow for each rule, and for each output that feeds one: its loop.
             (map::FLOWS_V4, (1 + OUTPUTS_PER_RULE) * self.max_rules),
@@ -61,6 +62,8 @@ impl Placement<'_> {
             (map::DEVICES, 2 * self.max_rules),
             (map::RECORDS, 2 * OUTPUTS_PER_RULE * self.max_rules),
             (map::CHAINS, 2 * OUTPUTS_PER_RULE * self.max_rules),
+            // Slots are given from the lowest on: few rules with many outputs need more.
+            (map::LOW_OUTPUTS, self.max_rules),
             (map::OUTPUTS, OUTPUTS_PER_RULE * self.max_rules),
         ]
     }
@@ -126,6 +129,9 @@ impl<'a> Maps<'a> {
 /// them: [`adopt`](Self::adopt) goes on with them.
 pub struct Steering {
     flows: HashMap<MapData, FlowKey4, FlowValue>,
+    /// The flows for one source, and where the programs read how many there are: without any they look a flow up once.
+    source_flows: BTreeSet<FlowKey4>,
+    source_flow_count: Array<MapData, u32>,
     rules: PerCpuArray<MapData, RuleCounters>,
     verdicts: PerCpuArray<MapData, Verdicts>,
     sockets: XskMap<MapData>,
@@ -192,6 +198,9 @@ impl Steering {
         let link = PinnedLink::from_pin(pins.join(LINK));
         let unopened = |error: LinkError| Misfit::Open { path: pins.join(LINK), why: error.to_string() };
         steering.link = Some(link.map_err(unopened)?);
+        let flows = steering.flows()?.into_iter().map(|(key, _)| key);
+        steering.source_flows = flows.filter(|key| key.source != [0; 4]).collect();
+        steering.count_source_flows()?;
         let generic = steering.marks.get(&mark::GENERIC, 0).map_err(access(MARKS, "read"))?;
         steering.generic = generic != 0;
         Ok(steering)
@@ -202,6 +211,8 @@ impl Steering {
         let mut maps = Maps { ebpf: ebpf_maps, pins: &placement.pins };
         Ok(Self {
             flows: maps.take(map::FLOWS_V4)?,
+            source_flows: BTreeSet::new(),
+            source_flow_count: maps.take(map::SOURCE_FLOWS)?,
             rules: maps.take(map::RULES)?,
             verdicts: maps.take(map::VERDICTS)?,
             sockets: maps.take(map::SOCKETS)?,
@@ -305,7 +316,16 @@ impl Steering {
     }
 
     pub fn set_flow(&mut self, key: &FlowKey4, value: FlowValue) -> Result<(), MapAccessError> {
+        if key.source != [0; 4] && self.source_flows.insert(*key) {
+            self.count_source_flows()?;
+        }
         self.flows.insert(key, value, 0).map_err(access(map::FLOWS_V4, "written"))
+    }
+
+    /// Tells the programs how many flows are for one source; before there is one more.
+    fn count_source_flows(&mut self) -> Result<(), MapAccessError> {
+        let count = self.source_flows.len() as u32;
+        self.source_flow_count.set(0, count, 0).map_err(access(map::SOURCE_FLOWS, "written"))
     }
 
     /// The flows that there are.
@@ -347,9 +367,10 @@ impl Steering {
     /// Takes a flow out; programs that run may still act on it until [`barrier`] has returned.
     pub fn delete_flow(&mut self, key: &FlowKey4) -> Result<(), MapAccessError> {
         match self.flows.remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(access(map::FLOWS_V4, "written")(error)),
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(access(map::FLOWS_V4, "written")(error)),
         }
+        if self.source_flows.remove(key) { self.count_source_flows() } else { Ok(()) }
     }
 
     /// Steers a queue's frames to no socket any more; programs that run may do so until [`barrier`].

@@ -12,7 +12,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::{
     rule::{IfIndex, InterfaceName},
-    sys::{bpf_query, netlink},
+    sys::{bpf_query, netdev, netlink},
 };
 
 mod cgroup;
@@ -24,7 +24,7 @@ const RTNLGRP_TC: u32 = 4;
 const NFNLGRP_NFTABLES: u32 = 7;
 
 /// Reads egress hooks, and hears of changes of those that netlink speaks of: nftables (and so `iptables-nft`), qdiscs and
-/// tc filters. Of tcx programs, cgroup programs and legacy iptables nothing is heard: they are to be read from time
+/// tc filters; and of interfaces that take redirected frames, or no longer. Of tcx programs, cgroup programs and legacy iptables nothing is heard: they are to be read from time
 /// to time.
 #[derive(Debug)]
 pub struct EgressHooks {
@@ -42,11 +42,12 @@ impl EgressHooks {
             Err(error) if nftables::is_absent(&error) => {}
             Err(error) => return Err(error),
         }
+        notices.extend(netdev::listen()?);
         Ok(Self { notices, legacy: legacy_iptables::Tables::open() })
     }
 
     /// Returns when something may have changed since it was last called.
-    pub async fn changed(&mut self) {
+    pub async fn changed(&self) {
         let heard = self.notices.iter().map(|socket| Box::pin(heard(socket)));
         futures_util::future::select_all(heard).await;
     }

@@ -20,13 +20,21 @@ pub enum NoTarget {
     )]
     Peer { interface: InterfaceName },
     #[error(
-        "{interface} ({kind}) takes no redirected frames now: many such devices do once an XDP program is attached to them"
+        "{interface} ({kind}) takes no redirected frames now: many such devices do once an XDP program is attached to them, \
+         `xdp-filter load {interface}` does that (package xdp-tools)"
     )]
     NotNow { interface: InterfaceName, kind: String },
     #[error("{interface} ({kind}) takes no redirected frames")]
     Never { interface: InterfaceName, kind: String },
     #[error("the kernel was asked whether {interface} takes redirected frames: {source}")]
     Asking { interface: InterfaceName, source: io::Error },
+}
+
+impl NoTarget {
+    /// Whether the interface went before it could be asked about.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Asking { source, .. } if source.raw_os_error() == Some(libc::ENODEV))
+    }
 }
 
 /// Asks the kernel whether an interface of this network namespace takes redirected frames as it is now.

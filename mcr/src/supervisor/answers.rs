@@ -9,8 +9,8 @@ use std::{
 use crate::{
     api::wire::{
         self, Alarm, DeviceStats, Error, Health, InterfaceStats, OutputInfo, OutputStats, QueueStats,
-        RuleCounts, RuleInfo, RuleList, RuleShow, RuleStats, SCHEMA, Stats, Status, WorkerInfo, WorkerList,
-        timestamp,
+        RuleCounts, RuleInfo, RuleList, RuleShow, RuleSpec, RuleStats, SCHEMA, Stats, Status, WorkerInfo,
+        WorkerList, timestamp,
     },
     datapath,
     ebpf::Steering,
@@ -44,8 +44,8 @@ impl Daemon {
 
     pub fn rule_info(&self, entry: &Entry) -> RuleInfo {
         let rule = &entry.rule;
-        let datapath = self.state.datapath_of(rule);
-        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output, datapath)).collect();
+        let wanted = self.state.datapath_of(rule);
+        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output, wanted)).collect();
         let (health, reason) = match self.state.rule_problem(entry) {
             Some((Problem::Failed, why)) => (Health::Failed, Some(why)),
             Some((Problem::Waits, why)) => (Health::Pending, Some(why)),
@@ -54,7 +54,8 @@ impl Daemon {
                 None => (Health::Active, None),
             },
         };
-        let served = self.state.serves(&rule.input.interface, datapath);
+        let datapath = self.served_by(rule);
+        let why = |served| self.explain(&rule.input.interface, served, rule.datapath, Some(rule));
         RuleInfo {
             name: rule.name.to_string(),
             origin: entry.origin.to_string(),
@@ -64,13 +65,9 @@ impl Daemon {
             },
             input: rule.input.to_string(),
             outputs,
-            datapath: served.then(|| datapath.to_string()),
+            datapath: datapath.map(|served| served.to_string()),
             datapath_asked: rule.datapath.to_string(),
-            datapath_why: if served {
-                self.explain(&rule.input.interface, datapath, rule.datapath, Some(rule))
-            } else {
-                String::new()
-            },
+            datapath_why: datapath.map(why).unwrap_or_default(),
             merge: rule.merge,
             link_local: rule.link_local,
             health,
@@ -92,6 +89,12 @@ impl Daemon {
             _ => self.state.no_xdp(interface),
         };
         datapath::explain(datapath, asked, generic, no_faster.as_deref())
+    }
+
+    /// The datapath that serves a rule, if one does.
+    fn served_by(&self, rule: &Rule) -> Option<Datapath> {
+        let datapath = self.state.datapath_of(rule);
+        self.state.serves(&rule.input.interface, datapath).then_some(datapath)
     }
 
     fn output_info(&self, output: &Output, datapath: Datapath) -> OutputInfo {
@@ -148,12 +151,12 @@ impl Daemon {
         // A clock that was set back makes nobody idle.
         let idle = || SystemTime::now().duration_since(last_seen).unwrap_or_default().as_secs();
         let idle_seconds = (totals.last_seen_ns > 0).then(idle);
-        let info = self.rule_info(entry);
+        let rule = &entry.rule;
         RuleStats {
-            name: info.name,
-            origin: info.origin,
-            datapath: info.datapath,
-            input: info.input,
+            name: rule.name.to_string(),
+            origin: entry.origin.to_string(),
+            datapath: self.served_by(rule).map(|datapath| datapath.to_string()),
+            input: rule.input.to_string(),
             matched: totals.matched,
             received: totals.received,
             received_bytes: totals.received_bytes,
@@ -326,6 +329,25 @@ impl Daemon {
         }
         self.interface_list().into_iter().for_each(|interface| add(interface.dropped));
         all
+    }
+}
+
+/// A rule that is kept and does not run.
+pub fn unserved(spec: RuleSpec, why: String) -> RuleInfo {
+    let output = |to| OutputInfo { to, health: Health::Failed, reason: None };
+    RuleInfo {
+        name: spec.name.unwrap_or_default(),
+        origin: Origin::Cli.to_string(),
+        place: None,
+        input: spec.input,
+        outputs: spec.outputs.into_iter().map(output).collect(),
+        datapath: None,
+        datapath_asked: spec.datapath.unwrap_or_default(),
+        datapath_why: String::new(),
+        merge: spec.merge,
+        link_local: spec.link_local,
+        health: Health::Failed,
+        reason: Some(why),
     }
 }
 

@@ -291,12 +291,12 @@ impl Books {
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
+            let (mut base, mut kernel_base) = Default::default();
             let goes_on = self.inherited.outputs.remove(slot);
             self.redirected.open(*slot, goes_on);
-            let (base, kernel_base) = match goes_on {
-                true => Default::default(),
-                false => (self.raw_output(*slot), self.redirected.output(*slot)),
-            };
+            if !goes_on {
+                (base, kernel_base) = (self.raw_output(*slot), self.redirected.output(*slot));
+            }
             self.output_bases.insert(*slot, base);
             self.kernel_output_bases.insert(*slot, kernel_base);
             self.output_rates.samples.remove(slot);

@@ -1,5 +1,7 @@
 //! The operator's calls: what each asks of the state, and what is answered.
 
+use std::slice;
+
 use serde::Serialize;
 use serde_json::Value;
 use tracing::info;
@@ -21,10 +23,9 @@ pub type Answer = Result<Value, Error>;
 
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::UnknownRule { name } => Error::unknown_rule(&name),
-            refusal => Error::refused(refusal.to_string()),
-        }
+        let unknown = matches!(refusal, Refusal::UnknownRule { .. });
+        let code = if unknown { wire::code::UNKNOWN_RULE } else { wire::code::REFUSED };
+        Error { code, message: refusal.to_string() }
     }
 }
 
@@ -125,56 +126,52 @@ impl Daemon {
         if spec.save {
             self.check_saving(Some(name.as_str()))?;
         }
-        let change = self.state.add(rule, Origin::Cli).map_err(|refusal| self.refusal(&refusal))?;
+        let change = self.state.add(rule, Origin::Cli).map_err(|refusal| self.refusal(refusal))?;
         let outcome = if change == Change::Made { Outcome::Added } else { Outcome::Unchanged };
         if change == Change::Made {
             let entry = self.state.rules().get(name.as_str())?.clone();
             self.books.open(&entry, true, &entry.output_slots, &self.programs);
         }
         self.settle().await;
-        let entry = self.state.rules().get(name.as_str())?.clone();
-        if let (Change::Made, Some((Problem::Failed, why))) = (change, self.state.rule_problem(&entry)) {
-            self.state.remove(name.as_str())?;
-            self.settle().await;
-            return Err(Error::refused(why));
-        }
-        let mut warnings = match self.keep_change(&name, spec.save) {
-            Ok(warnings) => warnings,
-            Err(_) if change == Change::Made => {
-                // What cannot be permanent as it was to be is not there at all.
-                let why = self.save(std::slice::from_ref(&name)).err();
+        let problem = self.state.rule_problem(self.state.rules().get(name.as_str())?);
+        let failed = match problem {
+            Some((Problem::Failed, why)) if change == Change::Made => Err(Error::refused(why)),
+            // What cannot be permanent as it was to be is not there at all.
+            _ if spec.save => self.save(slice::from_ref(&name)).map(drop),
+            _ => Ok(()),
+        };
+        if let Err(why) = failed {
+            if change == Change::Made {
                 self.state.remove(name.as_str())?;
                 self.settle().await;
                 self.remember();
-                return Err(why.unwrap_or_else(|| Error::refused("it could not be saved: try again")));
             }
-            Err(error) => return Err(error),
-        };
-        warnings.extend(self.warnings(&entry));
-        let entry = self.state.rules().get(name.as_str())?.clone();
-        self.outcome(outcome, &entry, warnings)
+            return Err(why);
+        }
+        let mut warnings = Vec::from_iter(self.remember());
+        let entry = self.state.rules().get(name.as_str())?;
+        warnings.extend(self.warnings(entry));
+        outcome_of(outcome, self.rule_info(entry), warnings)
     }
 
     /// A refusal, with the place of a file's rule that stands in the way.
-    pub fn refusal(&self, refusal: &Refusal) -> Error {
+    pub fn refusal(&self, refusal: Refusal) -> Error {
         let rules = self.state.rules();
-        let other = refusal.other().and_then(|name| rules.get(name.as_str()).ok());
-        match (other, refusal) {
-            (Some(Entry { rule, origin: Origin::File(_), .. }), _) => {
+        match refusal.other().and_then(|name| rules.get(name.as_str()).ok()) {
+            Some(Entry { rule, origin: Origin::File(_), .. }) => {
                 Error::refused(format!("{refusal} ({})", rules.whence(&rule.name)))
             }
-            (_, Refusal::UnknownRule { name }) => Error::unknown_rule(name),
-            _ => Error::refused(refusal.to_string()),
+            _ => refusal.into(),
         }
     }
 
     /// Makes a change outlive the daemon: the journal keeps it, or the file where it is to be permanent. Answers what
     /// keeps the journal from it.
     fn keep_change(&mut self, name: &RuleName, save: bool) -> Result<Vec<String>, Error> {
-        let saved = if save { self.save(std::slice::from_ref(name)).map(drop) } else { Ok(()) };
+        let saved = save.then(|| self.save(slice::from_ref(name))).transpose();
         let warnings = self.remember();
         saved.map_err(|why| Error::refused(format!("rule '{name}' was changed, but not saved: {why}")))?;
-        Ok(warnings.into_iter().collect())
+        Ok(Vec::from_iter(warnings))
     }
 
     /// The rule that a specification means; one without a name has that of its twin, or a derived one.
@@ -211,7 +208,7 @@ impl Daemon {
             .rules()
             .clone()
             .amend(&change.name, amendment.clone())
-            .map_err(|refusal| self.refusal(&refusal))?;
+            .map_err(|refusal| self.refusal(refusal))?;
         if let Some(datapath) = amendment.datapath {
             self.change_datapath(&change.name, datapath).await?;
         }
@@ -228,8 +225,8 @@ impl Daemon {
             warnings.extend(Self::reload_warning(&entry, "it is as written there again"));
         }
         warnings.extend(self.warnings(&entry));
-        let entry = self.state.rules().get(&change.name)?.clone();
-        self.outcome(outcome, &entry, warnings)
+        let entry = self.state.rules().get(&change.name)?;
+        outcome_of(outcome, self.rule_info(entry), warnings)
     }
 
     /// Moves a rule to another datapath, or leaves it where it is if it cannot be served there.
@@ -254,11 +251,11 @@ impl Daemon {
             self.check_saving(Some(&removal.name))?;
         }
         if let Some(parked) = self.take_parked(&removal.name) {
-            let warnings = self.remember().into_iter().collect();
-            return self.outcome(Outcome::Removed, &parked, warnings);
+            let warnings = Vec::from_iter(self.remember());
+            return outcome_of(Outcome::Removed, parked, warnings);
         }
         if let Some(saved) = self.take_saved(removal)? {
-            return self.outcome(Outcome::Removed, &saved, Vec::new());
+            return outcome_of(Outcome::Removed, saved, Vec::new());
         }
         let entry = self.state.remove(&removal.name)?;
         self.settle().await;
@@ -266,11 +263,7 @@ impl Daemon {
         if !removal.save {
             warnings.extend(Self::reload_warning(&entry, "it comes back"));
         }
-        self.outcome(Outcome::Removed, &entry, warnings)
-    }
-
-    fn outcome(&self, outcome: Outcome, entry: &Entry, warnings: Vec<String>) -> Answer {
-        json(&RuleOutcome { schema: SCHEMA, outcome, rule: self.rule_info(entry), warnings })
+        outcome_of(Outcome::Removed, self.rule_info(&entry), warnings)
     }
 
     /// What the operator should know of a rule that stands.
@@ -314,7 +307,7 @@ impl Daemon {
     }
 
     fn log_level(&self) -> LogLevelInfo {
-        LogLevelInfo { schema: SCHEMA, level: self.log.level().as_str().to_owned() }
+        LogLevelInfo { schema: SCHEMA, level: self.settings.log_level.as_str().to_owned() }
     }
 
     /// Logs so much from now on, the workers too.
@@ -337,6 +330,10 @@ impl Daemon {
         self.change_log_level(level).await;
         json(&self.log_level())
     }
+}
+
+fn outcome_of(outcome: Outcome, rule: wire::RuleInfo, warnings: Vec<String>) -> Answer {
+    json(&RuleOutcome { schema: SCHEMA, outcome, rule, warnings })
 }
 
 fn parse_outputs(texts: &[String]) -> Result<Vec<Output>, Error> {

@@ -3,6 +3,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    slice,
     time::Duration,
 };
 
@@ -13,21 +14,28 @@ use tracing::{error, info, warn};
 use super::{Launch, commands::Answer, journal::Memory, run::Daemon, settings::Settings, state::Problem};
 use crate::{
     api::wire::{
-        ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, Error, LoadOutcome, RuleDifference, RuleRemoval,
-        RuleSpec, SCHEMA, SettingDifference,
+        ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, Error, LoadOutcome, RuleDifference, RuleInfo,
+        RuleRemoval, RuleSpec, SCHEMA, SettingDifference,
     },
     config::{self, Config, Source, options::Options},
-    rule::{Origin, Rule, RuleName, RuleSlot},
+    rule::{Origin, Rule, RuleName},
     ruleset::{Entry, Plan, RuleSet},
-    supervisor::commands::{json, refused},
+    supervisor::{
+        answers::unserved,
+        commands::{json, refused},
+        run::one_line,
+    },
     sys::whole_file,
 };
 
 /// A load that is taken back unless it is confirmed.
 pub struct Unconfirmed {
     pub until: Instant,
+    /// What ran before.
     rules: RuleSet,
     settings: Settings,
+    /// The daemon's own files as they were loaded, if it was these.
+    own: Option<Vec<Source>>,
 }
 
 /// What configuration the daemon has, and what it is about to do with it.
@@ -39,8 +47,6 @@ pub struct Configuration {
     pub refused: Option<String>,
     /// The daemon's own files as they were loaded and confirmed last.
     confirmed: Vec<Source>,
-    /// Those files as they were loaded last, if it was these.
-    loaded: Vec<Source>,
     /// What stands in those files now was never confirmed.
     pub stray: bool,
     /// Rules that were added by command and cannot stand any more, with the reason.
@@ -51,10 +57,15 @@ impl Configuration {
     pub fn new(launch: Launch) -> Self {
         Self { confirmed: launch.sources.clone(), launch, ..Self::default() }
     }
-}
 
-/// Of a rule that does not run.
-const NO_SLOT: RuleSlot = RuleSlot(u32::MAX);
+    /// What was loaded is confirmed: the daemon's own files, if it was these.
+    fn confirm(&mut self, own: Option<Vec<Source>>) {
+        if let Some(own) = own {
+            self.confirmed = own;
+            self.stray = false;
+        }
+    }
+}
 
 /// A rule as it is said to the daemon.
 pub fn spec(rule: &Rule) -> RuleSpec {
@@ -115,7 +126,6 @@ impl Daemon {
     pub fn show_config(&self) -> Answer {
         let mut settings = self.settings.clone();
         settings.source_port = Some(self.source_port);
-        settings.log_level = self.log.level();
         json(&ConfigText { schema: SCHEMA, toml: config::document(&settings, self.state.rules().iter()) })
     }
 
@@ -130,7 +140,7 @@ impl Daemon {
             warn!("asked to reload, but the daemon was started without --config: nothing to do");
             return;
         };
-        let sources = config::gather(&file).map_err(|error| Error::refused(super::run::one_line(&error)));
+        let sources = config::gather(&file).map_err(|error| refused(one_line(&error)));
         let outcome = match sources {
             Ok(sources) => self.load(&sources, false, None).await,
             Err(error) => Err(error),
@@ -172,20 +182,17 @@ impl Daemon {
         self.apply_settings(&settings).await;
         let nothing = reload.plan.is_empty() && outcome.settings.iter().all(|setting| setting.needs_restart);
         outcome.outcome = if nothing { LoadOutcome::Unchanged } else { LoadOutcome::Applied };
+        let own = sources.first().is_some_and(|source| self.is_own_file(Path::new(&source.file)));
+        let own = own.then(|| sources.to_vec());
         if let Some(seconds) = confirm_within_s.filter(|_| !nothing) {
             let until = Instant::now() + Duration::from_secs(seconds.into());
             let (rules, settings) = before;
-            self.configuration.unconfirmed = Some(Unconfirmed { until, rules, settings });
+            self.configuration.stray |= own.is_some();
+            self.configuration.unconfirmed = Some(Unconfirmed { until, rules, settings, own });
             outcome.confirm_within_s = Some(seconds);
+        } else {
+            self.configuration.confirm(own);
         }
-        let own = sources.first().is_some_and(|source| self.is_own_file(&source.file));
-        if self.configuration.unconfirmed.is_some() {
-            self.configuration.stray |= own;
-        } else if own {
-            self.configuration.confirmed = sources.to_vec();
-            self.configuration.stray = false;
-        }
-        self.configuration.loaded = if own { sources.to_vec() } else { Vec::new() };
         self.configuration.refused = None;
         say(&reload.plan);
         self.park().await;
@@ -209,7 +216,6 @@ impl Daemon {
         });
         let running = self.settings.named().into_iter().zip(settings.named());
         let differing = running.filter(|((_, running), (_, file))| running != file);
-        let source = self.configuration.launch.file.as_deref();
         ConfigOutcome {
             schema: SCHEMA,
             outcome: LoadOutcome::Planned,
@@ -227,24 +233,22 @@ impl Daemon {
                 })
                 .collect(),
             confirm_within_s: None,
-            warnings: self.other_source(source, rules).into_iter().collect(),
+            warnings: Vec::from_iter(self.other_source(rules)),
         }
     }
 
     /// Says that what is loaded is not what the next start reads.
-    fn other_source(&self, file: Option<&Path>, rules: &RuleSet) -> Option<String> {
+    fn other_source(&self, rules: &RuleSet) -> Option<String> {
         let mut places = rules.iter().filter_map(|entry| match &entry.origin {
             Origin::File(place) => Some(Path::new(&*place.file)),
             Origin::Cli => None,
         });
-        let Some(file) = file else {
+        let Some(file) = self.configuration.launch.file.as_deref() else {
             let why = "the daemon was started without --config: the next start knows nothing of these rules";
             return places.next().map(|_| why.to_owned());
         };
         let directory = config::own_fragment(file).parent().map(Path::to_owned).unwrap_or_default();
-        let own = |place: &Path| {
-            place.starts_with(&directory) || place.to_str().is_some_and(|place| self.is_own_file(place))
-        };
+        let own = |place: &Path| place.starts_with(&directory) || self.is_own_file(place);
         let foreign = places.find(|place| !own(place))?;
         Some(format!(
             "these rules are of {}, and the next start or SIGHUP reads {}",
@@ -261,9 +265,9 @@ impl Daemon {
         }
     }
 
-    fn is_own_file(&self, file: &str) -> bool {
+    fn is_own_file(&self, file: &Path) -> bool {
         let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        self.configuration.launch.file.as_deref().is_some_and(|own| real(own) == real(Path::new(file)))
+        self.configuration.launch.file.as_deref().is_some_and(|own| real(own) == real(file))
     }
 
     /// Tries once more what could not stand.
@@ -302,17 +306,14 @@ impl Daemon {
     }
 
     pub fn confirm(&mut self) -> Answer {
-        let Some(_kept) = self.configuration.unconfirmed.take() else {
+        let Some(load) = self.configuration.unconfirmed.take() else {
             return Err(Error::refused("no load waits to be confirmed: it has been, or its time is over"));
         };
         info!("the load is confirmed");
-        if !self.configuration.loaded.is_empty() {
-            self.configuration.confirmed = std::mem::take(&mut self.configuration.loaded);
-            self.configuration.stray = false;
-        }
+        self.configuration.confirm(load.own);
         self.configuration.refused = None;
-        let warnings = self.remember();
-        self.ended(LoadOutcome::Confirmed, warnings.into_iter().collect())
+        let warnings = Vec::from_iter(self.remember());
+        self.ended(LoadOutcome::Confirmed, warnings)
     }
 
     pub async fn roll_back(&mut self) -> Answer {
@@ -373,7 +374,7 @@ impl Daemon {
         for spec in rules {
             let added = self.read_rule(&spec).and_then(|rule| {
                 let name = rule.name.clone();
-                self.state.add(rule, Origin::Cli).map_err(|refusal| self.refusal(&refusal))?;
+                self.state.add(rule, Origin::Cli).map_err(|refusal| self.refusal(refusal))?;
                 Ok(self.state.rules().get(name.as_str())?.clone())
             });
             match added {
@@ -464,16 +465,10 @@ impl Daemon {
     }
 
     /// The rules that mcr's own fragment holds.
-    pub fn saved_rules(&self, fragment: &Path) -> Result<Vec<Rule>, Error> {
-        let text = match std::fs::read_to_string(fragment) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => {
-                return Err(Error::refused(format!("{} cannot be read: {error}", fragment.display())));
-            }
-        };
-        let config =
-            config::read_fragment(&Source { file: fragment.display().to_string(), text }, &self.runs());
+    fn saved_rules(&self, fragment: &Path) -> Result<Vec<Rule>, Error> {
+        let source = config::fragment_there(fragment).map_err(|error| refused(one_line(&error)))?;
+        let Some(source) = source else { return Ok(Vec::new()) };
+        let config = config::read_fragment(&source, &self.runs());
         let config = config.map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
         Ok(config.rules.into_iter().map(|(rule, _)| rule).collect())
     }
@@ -489,26 +484,24 @@ impl Daemon {
         json(&ConfigSaved { schema: SCHEMA, file, saved: names.iter().map(ToString::to_string).collect() })
     }
 
-    /// Forgets a rule that cannot stand and is kept nevertheless.
-    pub fn take_parked(&mut self, name: &str) -> Option<Entry> {
+    /// Forgets a rule that cannot stand and is kept nevertheless, also one that cannot even be read.
+    pub fn take_parked(&mut self, name: &str) -> Option<RuleInfo> {
         let at = self.configuration.parked.iter().position(|(spec, _)| spec.name.as_deref() == Some(name))?;
-        let (spec, _) = self.configuration.parked.remove(at);
-        let rule = self.read_rule(&spec).ok()?;
-        Some(Entry { rule, origin: Origin::Cli, slot: NO_SLOT, output_slots: Vec::new() })
+        let (spec, why) = self.configuration.parked.remove(at);
+        Some(unserved(spec, why))
     }
 
     /// Takes a rule that does not run out of what was saved, if it stands there.
-    pub fn take_saved(&mut self, removal: &RuleRemoval) -> Result<Option<Entry>, Error> {
-        let runs = self.state.rules().get(&removal.name).is_ok();
-        let Some(file) = self.configuration.launch.file.as_deref().filter(|_| removal.save && !runs) else {
+    pub fn take_saved(&mut self, removal: &RuleRemoval) -> Result<Option<RuleInfo>, Error> {
+        if !removal.save || self.state.rules().get(&removal.name).is_ok() {
             return Ok(None);
-        };
-        let saved = self.saved_rules(&config::own_fragment(file))?;
+        }
+        let saved = self.saved_rules(&self.fragment()?)?;
         let Some(rule) = saved.into_iter().find(|rule| rule.name.as_str() == removal.name) else {
             return Ok(None);
         };
-        self.save(std::slice::from_ref(&rule.name))?;
-        Ok(Some(Entry { rule, origin: Origin::Cli, slot: NO_SLOT, output_slots: Vec::new() }))
+        self.save(slice::from_ref(&rule.name))?;
+        Ok(Some(unserved(spec(&rule), "it was saved and did not run".to_owned())))
     }
 
     /// What an operator who changes a rule from a file should know.

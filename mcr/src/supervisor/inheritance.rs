@@ -60,7 +60,15 @@ impl Daemon {
                 if former_rewrite {
                     steering.renew_outputs(&sets).map_err(|error| one_line(&error))?;
                 }
-                let inheritance = Inheritance { flows, sets, to_succeed: false };
+                let (goes_on, others): (Vec<_>, Vec<_>) = flows
+                    .into_iter()
+                    .partition(|(_, flow)| matches!(flow.action, action::REDIRECT | action::LOOP));
+                // Whose workers are gone begins anew: no frame comes to one that does not listen yet.
+                let mut others = others.iter();
+                others
+                    .try_for_each(|(key, _)| steering.delete_flow(key))
+                    .map_err(|error| one_line(&error))?;
+                let inheritance = Inheritance { flows: goes_on, sets, to_succeed: false };
                 let redirected = inheritance.flows.iter().filter(|(_, flow)| flow.action == action::REDIRECT);
                 let slots = redirected.map(|(_, flow)| RuleSlot(flow.rule));
                 let counted = slots.filter_map(|slot| Counted::read(&steering, &inheritance, slot)).collect();

@@ -48,6 +48,7 @@ enum Torn {
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
+    boot_id: String,
     /// What stands in it, as far as this process knows.
     written: Option<Vec<u8>>,
 }
@@ -55,8 +56,8 @@ pub struct Journal {
 impl Journal {
     /// Opens the journal and reads what a daemon before left in it. One that cannot be believed is set aside, and said.
     pub fn open(path: PathBuf) -> (Self, Memory) {
-        let journal = Self { path, written: None };
-        let memory = match read(&journal.path) {
+        let journal = Self { path, boot_id: boot_id(), written: None };
+        let memory = match read(&journal.path, &journal.boot_id) {
             Ok(memory) => memory.unwrap_or_default(),
             Err(torn) => {
                 let aside = journal.path.with_extension("journal.torn");
@@ -80,7 +81,7 @@ impl Journal {
     ///
     /// That of the file system; what stood there stands still.
     pub fn keep(&mut self, memory: &Memory) -> io::Result<()> {
-        let bytes = text(memory, &boot_id())?;
+        let bytes = text(memory, &self.boot_id)?;
         if self.written.as_deref() != Some(&bytes[..]) {
             whole_file::replace(&self.path, &bytes, 0o640)?;
             self.written = Some(bytes);
@@ -114,7 +115,7 @@ fn sum(text: &str) -> String {
 
 /// What stands in a journal; none if there is no journal. In a directory that is not for all to write to, whoever put it
 /// there could.
-fn read(path: &Path) -> Result<Option<Memory>, Torn> {
+fn read(path: &Path, boot_id: &str) -> Result<Option<Memory>, Torn> {
     if let Ok(metadata) = fs::symlink_metadata(path)
         && !ours(path, &metadata)
     {
@@ -127,7 +128,7 @@ fn read(path: &Path) -> Result<Option<Memory>, Torn> {
         Err(error) if error.kind() == io::ErrorKind::InvalidData => return Err(Torn::Checksum),
         Err(error) => return Err(error.into()),
     };
-    let mut memory = parse(&bytes, &boot_id())?;
+    let mut memory = parse(&bytes, boot_id)?;
     if let Some(rules) = memory.of_another_boot {
         info!(
             rules,

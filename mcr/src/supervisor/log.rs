@@ -8,11 +8,8 @@ use tracing_subscriber::{
 
 use crate::supervisor::settings::{LogFormat, LogLevel};
 
-/// Reads and sets the level.
-pub struct LogControl {
-    handle: Handle<EnvFilter, Registry>,
-    level: LogLevel,
-}
+/// Sets the level.
+pub struct LogControl(Handle<EnvFilter, Registry>);
 
 /// Starts logging.
 pub fn start(format: LogFormat, level: LogLevel) -> LogControl {
@@ -27,7 +24,7 @@ pub fn start(format: LogFormat, level: LogLevel) -> LogControl {
             registry.with(fmt::layer().json().with_target(false).with_writer(io::stderr)).init();
         }
     }
-    LogControl { handle, level }
+    LogControl(handle)
 }
 
 /// The libraries' own lines are of interest only when they warn.
@@ -36,13 +33,8 @@ fn filter(level: LogLevel) -> EnvFilter {
 }
 
 impl LogControl {
-    pub fn level(&self) -> LogLevel {
-        self.level
-    }
-
-    pub fn set_level(&mut self, level: LogLevel) {
-        self.level = level;
+    pub fn set_level(&self, level: LogLevel) {
         // It fails only when the subscriber is gone, with the process.
-        let _ = self.handle.reload(filter(level));
+        let _ = self.0.reload(filter(level));
     }
 }

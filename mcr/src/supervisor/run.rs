@@ -110,7 +110,7 @@ pub struct Daemon {
     /// Interfaces of which it has been said that `auto` takes AF_PACKET there.
     fallbacks: BTreeSet<InterfaceName>,
     /// What redirected frames would pass by; `auto` redirects nothing where that cannot be known.
-    hooks: Option<EgressHooks>,
+    hooks: Option<Arc<EgressHooks>>,
     pub object: Object,
     neighbours: NeighbourWatch,
     memberships: Memberships,
@@ -148,7 +148,8 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         namespace.give_to(&owner)?;
     }
     // While root may still open what tells of legacy iptables.
-    let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}")).ok();
+    let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}"));
+    let hooks = hooks.ok().map(Arc::new);
     if let Err(error) = privileges::step_down(account.as_ref()) {
         anyhow::bail!("the daemon cannot give up what it does not need: {error}");
     }
@@ -231,7 +232,7 @@ fn limits(settings: &Settings, object: &Object) -> anyhow::Result<Limits> {
     let no_bpf = host::check_bpf(object).err().map(|error| format!("{error:#}"));
     let named = settings.datapath.0;
     match &no_bpf {
-        Some(why) if named == Some(Datapath::AfXdp) => anyhow::bail!("{why}"),
+        Some(why) if matches!(named, Some(Datapath::AfXdp | Datapath::Redirect)) => anyhow::bail!("{why}"),
         Some(why) if named.is_none() => warn!("every rule goes by af-packet, with a classic filter: {why}"),
         _ => {}
     }
@@ -330,7 +331,7 @@ impl Daemon {
         let mut neighbours = interval(NEIGHBOURS_PERIOD);
         neighbours.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
-        let mut hooks = EgressHooks::open().ok();
+        let hooks = self.hooks.clone();
 
         self.read_links(&links).await;
         self.settle().await;
@@ -358,7 +359,7 @@ impl Daemon {
                     self.read_links(&links).await;
                     self.read_targets().await;
                 }
-                () = hooks_changed(&mut hooks) => self.read_targets().await,
+                () = hooks_changed(hooks.as_deref()) => self.read_targets().await,
                 () = self.neighbours.changed() => {}
                 _ = neighbours.tick() => self.look_for_neighbours(true).await,
                 _ = second.tick() => {
@@ -472,7 +473,10 @@ impl Daemon {
                 if links != *self.state.links() {
                     self.log_changes(&links);
                     self.clear_socket_errors();
-                    self.take(Event::Links(links)).await;
+                    self.state.apply(Event::Links(links));
+                    // Another interface may have the name of one that took redirected frames.
+                    let targets = self.ask_targets();
+                    self.take(Event::Targets(targets)).await;
                 }
             }
             Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
@@ -755,6 +759,8 @@ impl Daemon {
             egress.into_iter().filter_map(|name| Some((name.clone(), links.get(name)?.index))).collect();
         let refusal = |(name, index): &(InterfaceName, IfIndex)| {
             let refusal = takes_redirects(name, *index, &links[name].kind).err();
+            // One that has just gone waits, which is no reason for its rules to move.
+            let refusal = refusal.filter(|error| !error.is_gone());
             (name.clone(), refusal.map(|error| one_line(&error)))
         };
         let refusals = there.iter().map(refusal).collect();
@@ -873,7 +879,7 @@ impl Daemon {
                 Ingress::AfPacket { ring: *ring, taken, classic: !self.state.has_bpf() }
             }
         };
-        let log_level = self.log.level().as_str().to_owned();
+        let log_level = self.settings.log_level.as_str().to_owned();
         let busy_poll_us = self.settings.busy_poll_us;
         Ok((Setup { ingress, cpu: spec.cpu, busy_poll_us, layout: self.books.layout(), log_level }, fds))
     }
@@ -982,7 +988,7 @@ fn join_refused(Membership { group, source, .. }: &Membership, error: &io::Error
 }
 
 /// Returns when what redirected frames would pass by may have changed.
-async fn hooks_changed(hooks: &mut Option<EgressHooks>) {
+async fn hooks_changed(hooks: Option<&EgressHooks>) {
     match hooks {
         Some(hooks) => hooks.changed().await,
         None => std::future::pending().await,

@@ -403,6 +403,7 @@ impl State {
                 .map(|withheld| withheld.why)
         };
         let hook = |interface| match self.targets.hooks.get(interface) {
+            _ if !self.links.contains_key(interface) => None,
             Some(hook) => hook.clone(),
             None => Some(format!("it is not known what {interface} sends through")),
         };
@@ -445,9 +446,11 @@ impl State {
         }
     }
 
-    /// The interfaces that rules send from.
+    /// The interfaces that rules send from which may be redirected.
     pub fn egress_interfaces(&self) -> BTreeSet<&InterfaceName> {
-        self.rules.iter().flat_map(|entry| &entry.rule.outputs).map(|output| &output.interface).collect()
+        let may = |rule: &&Rule| matches!(rule.datapath.0, None | Some(Datapath::Redirect));
+        let rules = self.rules.iter().map(|entry| &entry.rule).filter(may);
+        rules.flat_map(|rule| &rule.outputs).map(|output| &output.interface).collect()
     }
 
     pub fn targets(&self) -> &Targets {
@@ -810,9 +813,10 @@ impl State {
     fn plan_output_removals(&self, effects: &mut Vec<Effect>) {
         let kept = self.kept_slots();
         for (interface, outputs) in &self.actual.outputs {
-            let wanted: BTreeSet<_> = match self.stopping {
-                true => kept.clone(),
-                false => self.wanted_outputs(interface).into_keys().collect(),
+            let wanted: BTreeSet<_> = if self.stopping {
+                kept.clone()
+            } else {
+                self.wanted_outputs(interface).into_keys().collect()
             };
             let its = self.rules.iter().filter(|entry| entry.rule.input.interface == *interface);
             let stand: BTreeSet<_> = its.map(|entry| entry.slot).collect();
@@ -904,13 +908,10 @@ impl State {
             let xdp = self.prefers_xdp(interface);
             let mut datapaths: BTreeSet<_> = rules.iter().map(|rule| self.choose(rule, xdp)).collect();
             // What an interface serves it goes on to serve.
-            let relays_by = |datapath| {
-                self.serves(interface, datapath)
-                    && self.worker_ids().iter().any(|id| id.is_of(interface, datapath))
-            };
-            datapaths.extend(
-                [Datapath::AfXdp, Datapath::AfPacket].into_iter().filter(|datapath| relays_by(*datapath)),
-            );
+            let has_workers = || self.worker_ids().iter().any(|id| id.is_of(interface, Datapath::AfXdp));
+            if self.serves(interface, Datapath::AfXdp) && has_workers() {
+                datapaths.insert(Datapath::AfXdp);
+            }
             if self.serves(interface, Datapath::AfPacket) {
                 datapaths.insert(Datapath::AfPacket);
             }

@@ -177,6 +177,8 @@ struct World {
     processes: BTreeMap<WorkerId, Process>,
     /// Flows were deleted that a program may still act on.
     dirty: bool,
+    /// The program that is attached is a former one.
+    succeeding: bool,
 }
 
 impl World {
@@ -190,7 +192,7 @@ impl World {
             }
             Effect::Attach { interface } => {
                 let kernel = self.served.get_mut(interface).expect("attached before it was prepared");
-                assert!(!kernel.xdp, "attached twice");
+                assert!(!kernel.xdp || std::mem::take(&mut self.succeeding), "attached twice");
                 kernel.xdp = true;
             }
             Effect::OpenFanout { interface, fanout } => {
@@ -1600,6 +1602,33 @@ fn without_ebpf_a_worker_lets_go_of_its_rules_before_it_goes_with_its_interface(
 }
 
 #[test]
+fn a_rule_that_the_kernel_serves_stays_there_while_an_output_is_gone() {
+    let open = |names: &[&str]| {
+        let answers: BTreeMap<_, _> = names.iter().map(|name| (interface(name), None)).collect();
+        Event::Targets(Targets { refusals: answers.clone(), hooks: answers })
+    };
+    let mut supervisor = Supervisor::new();
+    supervisor.links(links(0..3));
+    supervisor.take(open(&["eth1", "eth2"]));
+    supervisor.add(rule("cam", "239.1.1.1:5000@eth0", &["239.2.2.2:6000@eth1", "239.2.2.3:6000@eth2"]));
+    let check = |supervisor: &mut Supervisor, expected| {
+        let rule = supervisor.state.rules().get("cam").unwrap().rule.clone();
+        assert_eq!(supervisor.state.datapath_of(&rule), expected);
+        supervisor.check_settled();
+    };
+    check(&mut supervisor, Datapath::Redirect);
+    // Of what is not there nothing is known.
+    supervisor.links(links(0..2));
+    supervisor.take(open(&["eth1"]));
+    check(&mut supervisor, Datapath::Redirect);
+    // Of what is there all is to be known.
+    supervisor.links(links(0..3));
+    check(&mut supervisor, Datapath::AfXdp);
+    supervisor.take(open(&["eth1", "eth2"]));
+    check(&mut supervisor, Datapath::Redirect);
+}
+
+#[test]
 fn an_mtu_that_no_chunk_holds_is_af_packets_until_it_is_another() {
     let mut supervisor = Supervisor::new();
     supervisor.links(links(0..4));
@@ -2104,6 +2133,154 @@ impl Supervisor {
     }
 }
 
+/// Another daemon in the place of one that was killed, with these rules and what was left in the kernel.
+fn succeed(former: &Supervisor, rules: &[Rule]) -> Supervisor {
+    let mut world = World { processes: BTreeMap::new(), dirty: false, ..former.world.clone() };
+    world.served.retain(|_, kernel| {
+        kernel.fanout = None;
+        kernel.xdp
+    });
+    world.memberships.retain(|joined| joined.outlives);
+    let served = &world.served;
+    world.flows.retain(|name, flows| {
+        flows.retain(|_, flow| matches!(flow.action, action::REDIRECT | action::LOOP));
+        served.contains_key(name)
+    });
+    let mut state = State::new(former.state.limits.clone());
+    state.apply(Event::Links(world.links.clone()));
+    state.apply(Event::Targets(former.state.targets.clone()));
+    state.inherit_memberships(world.memberships.iter().map(|joined| joined.membership));
+    for name in served.keys() {
+        let flows = world.flows.get(name).into_iter().flatten().map(|(key, flow)| (*key, *flow)).collect();
+        let sets = world.outputs.iter().filter(|((interface, _), _)| interface == name);
+        let sets = sets.map(|((_, slot), outputs)| (RuleSlot(*slot), outputs.clone())).collect();
+        assert!(state.inherit(name, &Inheritance { flows, sets, to_succeed: false }));
+    }
+    let mut next = Supervisor { state, world, failing: Vec::new() };
+    for rule in rules {
+        let _ = next.state.add(rule.clone(), Origin::Cli);
+    }
+    next
+}
+
+/// A rule that the kernel serves, and its supervisor.
+fn redirecting() -> Supervisor {
+    let mut supervisor = Supervisor::new();
+    supervisor.links(links(0..4));
+    let free = |n: u8| (link(n).0, None);
+    let targets = Targets { refusals: (0..4).map(free).collect(), hooks: (0..4).map(free).collect() };
+    supervisor.state.apply(Event::Targets(targets));
+    supervisor.add(cam());
+    supervisor
+}
+
+#[test]
+fn a_rule_that_was_served_before_takes_no_change() {
+    let former = redirecting();
+    let mut next = succeed(&former, &[cam()]);
+    did(&next.settle(), &[]);
+    next.check_settled();
+    // Other outputs, no outputs: the difference alone.
+    let mut next =
+        succeed(&former, &[rule("cam", "239.1.1.1:5000@eth0", &["239.2.2.9:1@eth2", "239.2.2.2:6000@eth1"])]);
+    did(&next.settle(), &["outputs eth0 rule 0 1%12 0%11"]);
+    next.check_settled();
+    let mut next = succeed(&former, &[]);
+    did(
+        &next.settle(),
+        &[
+            "delete eth0 *,239.1.1.1:5000",
+            "barrier",
+            "drop outputs eth0 [RuleSlot(0)]",
+            "leave 239.1.1.1%10 to outlive",
+        ],
+    );
+    // Another rule never gets slots that the kernel has still.
+    let mut next = succeed(&former, &[rule("mic", "239.1.1.2:5000@eth0", &["239.2.2.9:1@eth2"]), cam()]);
+    assert_eq!(next.state.rules().get("cam").unwrap().slot, RuleSlot(0));
+    assert_eq!(next.state.rules().get("mic").unwrap().slot, RuleSlot(1));
+    next.settle();
+    next.check_settled();
+}
+
+#[test]
+fn a_former_program_is_succeeded_when_all_is_there() {
+    let former = redirecting();
+    let mut next = succeed(&former, &[]);
+    let name = interface("eth0");
+    let inheritance = Inheritance {
+        flows: former.world.flows[&name].iter().map(|(key, flow)| (*key, *flow)).collect(),
+        sets: former.world.outputs.iter().map(|((_, slot), set)| (RuleSlot(*slot), set.clone())).collect(),
+        to_succeed: true,
+    };
+    next.state = State::new(former.state.limits.clone());
+    next.state.apply(Event::Links(next.world.links.clone()));
+    next.state.apply(Event::Targets(former.state.targets.clone()));
+    assert!(next.state.inherit(&name, &inheritance));
+    assert!(!next.state.inherit(&interface("eth1"), &inheritance), "slots are had once");
+    (next.world.flows, next.world.outputs) = Default::default();
+    next.world.served.get_mut(&name).unwrap().xdp = true;
+    next.world.memberships.clear();
+    let mut failing = next.state.clone();
+    next.world.succeeding = true;
+    let done = next.add(cam());
+    did(
+        &done,
+        &[
+            "outputs eth0 rule 0 0%11",
+            "join 239.1.1.1%10 to outlive",
+            "set eth0 *,239.1.1.1:5000 redirect rule 0",
+            "attach eth0",
+        ],
+    );
+    next.check_settled();
+    // Where that fails it is said, and nothing is thought to run.
+    failing.add(cam(), Origin::Cli).unwrap();
+    failing.failed(&Effect::Attach { interface: name.clone() }, Failure::Refused("no".to_owned()));
+    assert!(!failing.serves(&name, Datapath::Redirect));
+    assert_eq!(failing.no_xdp(&name).as_deref(), Some("no"));
+}
+
+#[test]
+fn a_membership_that_changes_hands_is_joined_before_it_is_left() {
+    let mut supervisor = redirecting();
+    let to = |datapath| Amendment { datapath: Some(DatapathChoice(Some(datapath))), ..Amendment::default() };
+    for (datapath, joined, left) in
+        [(Datapath::AfXdp, "", " to outlive"), (Datapath::Redirect, " to outlive", "")]
+    {
+        supervisor.state.amend("cam", to(datapath)).unwrap();
+        let done = supervisor.settle();
+        let at = |text: String| done.iter().position(|line| *line == text);
+        let (joined, left) =
+            (at(format!("join 239.1.1.1%10{joined}")), at(format!("leave 239.1.1.1%10{left}")));
+        assert!(joined.is_some() && joined < left, "{done:?}");
+        supervisor.check_settled();
+    }
+}
+
+#[test]
+fn what_the_kernel_does_by_itself_is_kept_at_the_end() {
+    let mut supervisor = redirecting();
+    supervisor.add(Rule {
+        datapath: DatapathChoice(Some(Datapath::AfXdp)),
+        ..rule("mic", "239.1.1.2:5000@eth0", &["239.2.2.9:1@eth2"])
+    });
+    supervisor.add(rule("door", "239.1.1.3:5000@eth1", &["239.2.2.9:2@eth2,loop=true"]));
+    let done = supervisor.take(Event::Stop { keep: true });
+    assert!(
+        done.contains(&"detach eth1".to_owned()) && !done.contains(&"detach eth0".to_owned()),
+        "{done:?}"
+    );
+    assert_eq!(supervisor.state.plan(), []);
+    let world = &supervisor.world;
+    assert!(world.processes.is_empty());
+    assert_eq!(world.served.keys().collect::<Vec<_>>(), [&interface("eth0")]);
+    let kept: Vec<_> = world.flows[&interface("eth0")].values().map(|flow| flow.action).collect();
+    assert_eq!(kept, [action::REDIRECT]);
+    let joined: Vec<_> = world.memberships.iter().map(member).collect();
+    assert_eq!(joined, ["239.1.1.1%10 to outlive"]);
+}
+
 proptest! {
     #[test]
     fn whatever_happens_it_settles_as_it_is_wanted(
@@ -2141,6 +2318,18 @@ proptest! {
             let problem = supervisor.state.rule_problem(entry).map(|(problem, _)| problem);
             prop_assert_ne!(problem, Some(Problem::Failed));
         }
+        // The next daemon has some of its rules, in another order.
+        let mut rules: Vec<_> = supervisor.state.rules().iter().map(|entry| entry.rule.clone()).collect();
+        rules.reverse();
+        let goes_on: Vec<_> =
+            supervisor.state.redirected().map(|entry| (entry.rule.clone(), entry.slot)).collect();
+        let mut next = succeed(&supervisor, &rules[rules.len() / 3..]);
+        for (rule, slot) in goes_on {
+            let same = |entry: &&Entry| entry.rule == rule;
+            prop_assert!(next.state.rules().iter().find(same).is_none_or(|entry| entry.slot == slot));
+        }
+        next.settle();
+        next.check_settled();
         supervisor.take(Event::Stop { keep: false });
         prop_assert_eq!(supervisor.state.plan(), []);
         prop_assert!(supervisor.world.processes.is_empty() && supervisor.world.served.is_empty());

@@ -10,6 +10,8 @@ use std::{
     path::Path,
 };
 
+use super::bpf;
+
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 
@@ -88,8 +90,8 @@ struct ProgramInfo {
 /// Opens what is pinned at a path. What is of another kind is `InvalidData`.
 pub fn open(path: &Path, kind: Kind) -> io::Result<OwnedFd> {
     let name = CString::new(path.as_os_str().as_bytes())?;
-    // The path, then a descriptor and flags that are none.
-    let fd = bpf(BPF_OBJ_GET, &mut [name.as_ptr().addr() as u64, 0])?;
+    // SAFETY: the path, which outlives the call, then a descriptor and flags that are none.
+    let fd = unsafe { bpf::call(BPF_OBJ_GET, &mut [name.as_ptr().addr() as u64, 0]) }?;
     // SAFETY: the kernel has just made this descriptor for the caller alone.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     let found = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
@@ -139,14 +141,8 @@ struct GetInfo {
 fn info<T>(object: impl AsFd, answer: &mut T) -> io::Result<()> {
     let object = object.as_fd().as_raw_fd().cast_unsigned();
     let info = std::ptr::from_mut(answer).addr() as u64;
-    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut GetInfo { object, len: size_of::<T>() as u32, info })?;
+    let mut attributes = GetInfo { object, len: size_of::<T>() as u32, info };
+    // SAFETY: the answer is as long as is said; what it points to itself is its owner's, who holds it through the call.
+    unsafe { bpf::call(BPF_OBJ_GET_INFO_BY_FD, &mut attributes) }?;
     Ok(())
-}
-
-fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<i32> {
-    // SAFETY: the attributes are a prefix of union bpf_attr, the rest of which the kernel takes as zero; what they point
-    // to lives through the call and is as long as they say.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
 }

@@ -5,6 +5,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
+use super::bpf;
 use crate::rule::IfIndex;
 
 const BPF_PROG_QUERY: libc::c_int = 16;
@@ -57,7 +58,7 @@ fn of(error: &io::Error, numbers: &[i32]) -> bool {
 
 /// Asked without room for their ids, the kernel says how many there are.
 fn count(mut query: Query) -> io::Result<u32> {
-    // SAFETY: the kernel reads and writes the structure, which outlives the call, and nothing beyond: it points nowhere.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>()) };
-    if result == 0 { Ok(query.count) } else { Err(io::Error::last_os_error()) }
+    // SAFETY: the structure is as long as all that the kernel writes to, and points nowhere.
+    unsafe { bpf::call(BPF_PROG_QUERY, &mut query) }?;
+    Ok(query.count)
 }

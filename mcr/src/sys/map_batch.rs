@@ -5,6 +5,8 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
+use super::bpf;
+
 const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 
 /// `union bpf_attr` for the batch commands.
@@ -36,7 +38,6 @@ pub fn set_inner_maps(outer: BorrowedFd<'_>, places: &[(u32, BorrowedFd<'_>)]) -
         flags: 0,
     };
     // SAFETY: the kernel reads `count` keys and values of four bytes, which outlive the call, and writes the count back.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_BATCH, &raw mut batch, size_of::<Batch>()) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    unsafe { bpf::call(BPF_MAP_UPDATE_BATCH, &mut batch) }?;
+    Ok(())
 }

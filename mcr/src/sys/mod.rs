@@ -1,5 +1,6 @@
 //! The system calls that no library of ours wraps, thin.
 
+mod bpf;
 pub mod bpf_object;
 pub mod bpf_query;
 pub mod channel;

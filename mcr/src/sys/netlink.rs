@@ -7,16 +7,13 @@ use std::{
 };
 
 use nix::sys::socket::{NetlinkAddr, bind};
+use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
-const NLM_F_REQUEST_DUMP: u16 = 0x301;
-const NLM_F_DUMP_INTR: u16 = 0x10;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
 /// `nlmsghdr`.
 const HEADER: usize = 16;
-const ATTRIBUTE_HEADER: usize = 4;
+pub const ATTRIBUTE_HEADER: usize = 4;
 /// Flags of an attribute's kind: nested, and in network order.
 const ATTRIBUTE_KIND: u16 = 0x3fff;
 
@@ -49,17 +46,11 @@ pub fn dump<T>(
     mut read: impl FnMut(&[u8]) -> Option<T>,
 ) -> io::Result<Vec<T>> {
     const ATTEMPTS: usize = 10;
-    let mut question = Vec::with_capacity(HEADER + body.len());
-    question.extend(((HEADER + body.len()) as u32).to_ne_bytes());
-    question.extend(kind.to_ne_bytes());
-    question.extend(NLM_F_REQUEST_DUMP.to_ne_bytes());
-    question.extend([0; 8]);
-    question.extend(body);
     let mut found = Vec::new();
     for _ in 0..ATTEMPTS {
         found.clear();
         let mut socket = open(protocol)?;
-        socket.write_all(&question)?;
+        question(&mut socket, kind, NLM_F_REQUEST | NLM_F_DUMP, body)?;
         if answers(&mut socket, |answer| {
             found.extend(read(answer));
             found.len() < enough
@@ -71,7 +62,28 @@ pub fn dump<T>(
     Ok(found)
 }
 
-/// Takes answers to a dump while more are wanted; whether nothing changed meanwhile: if something did, some may be
+/// Asks what has one answer; `body` is what follows `nlmsghdr` in the question, what follows it in the answer is returned.
+pub fn ask(socket: &mut Socket, kind: u16, body: &[u8]) -> io::Result<Vec<u8>> {
+    question(socket, kind, NLM_F_REQUEST, body)?;
+    let mut found = Vec::new();
+    answers(socket, |answer| {
+        found = answer.to_vec();
+        false
+    })?;
+    Ok(found)
+}
+
+fn question(socket: &mut Socket, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+    let mut question = Vec::with_capacity(HEADER + body.len());
+    question.extend(((HEADER + body.len()) as u32).to_ne_bytes());
+    question.extend(kind.to_ne_bytes());
+    question.extend(flags.to_ne_bytes());
+    question.extend([0; 8]);
+    question.extend(body);
+    socket.write_all(&question)
+}
+
+/// Takes answers while more are wanted; whether nothing changed meanwhile: if something did, some may be
 /// missing.
 fn answers(socket: &mut Socket, mut take: impl FnMut(&[u8]) -> bool) -> io::Result<bool> {
     let mut packet = vec![0; 64 * 1024];

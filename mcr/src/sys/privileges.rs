@@ -13,8 +13,8 @@ use thiserror::Error;
 const NEEDED: [Capability; 2] = [Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW];
 
 /// What it uses where it has it: without the first there is no eBPF, without the second the limit of locked
-/// memory holds.
-const USED: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_IPC_LOCK];
+/// memory holds, without the third the verifier fences the programs against speculation, which doubles their cost.
+const USED: [Capability; 3] = [Capability::CAP_BPF, Capability::CAP_IPC_LOCK, Capability::CAP_PERFMON];
 
 /// What a worker makes its sockets with, before it gives up all.
 const OF_WORKERS: [Capability; 2] = [Capability::CAP_NET_RAW, Capability::CAP_IPC_LOCK];

@@ -18,6 +18,7 @@ use crate::api::{
     socket::{ControlLock, bind},
     wire::{LogLevel, LogLevelInfo, Pong, RuleList, RuleRef, Stop},
 };
+use crate::ruleset::Refusal;
 
 /// A server whose supervisor answers every call with what it was asked.
 struct Server {
@@ -79,6 +80,10 @@ impl Server {
     }
 }
 
+fn unknown_rule(name: &str) -> Error {
+    Refusal::UnknownRule { name: name.to_owned() }.into()
+}
+
 fn answer(call: Call, seen: &mut Vec<Request>) {
     assert_eq!(call.peer.pid, i32::try_from(std::process::id()).ok());
     assert_eq!(call.peer.uid, nix::unistd::getuid().as_raw());
@@ -87,7 +92,7 @@ fn answer(call: Call, seen: &mut Vec<Request>) {
         Request::LogLevelSet(LogLevel { level }) => {
             Ok(json!(LogLevelInfo { schema: 1, level: level.clone() }))
         }
-        Request::RuleShow(RuleRef { name }) => Err(Error::unknown_rule(name)),
+        Request::RuleShow(RuleRef { name }) => Err(unknown_rule(name)),
         // Far more than a socket buffers.
         Request::Stats(_) => Ok(json!("x".repeat(4 << 20))),
         Request::RuleList => return seen.push(call.request),
@@ -302,7 +307,7 @@ fn errors_of_the_supervisor_arrive_with_their_code() {
     let server = Server::start(Limits::default());
     let request = Request::RuleShow(RuleRef { name: "cam9".to_owned() });
     match Client::connect(&server.path).unwrap().call::<Value>(&request).unwrap_err() {
-        ClientError::Refused(error) => assert_eq!(error, Error::unknown_rule("cam9")),
+        ClientError::Refused(error) => assert_eq!(error, unknown_rule("cam9")),
         other => panic!("{other}"),
     }
 }

@@ -3,11 +3,9 @@
 
 mod render;
 
-use std::io::{self, Write};
-
 use clap::{ArgGroup, Subcommand};
 
-use super::{remote::Remote, text};
+use super::remote::Remote;
 use crate::{
     api::wire::{Request, RuleChange, RuleOutcome, RuleRef, RuleRemoval, RuleSpec},
     rule::{DatapathChoice, Input, Output, RuleError, RuleName},
@@ -94,7 +92,10 @@ impl Args {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::List => self.remote.ask(&Request::RuleList, render::list),
-            Command::Show { name } => self.remote.ask(&Request::RuleShow(reference(&name)?), render::show),
+            Command::Show { name } => {
+                let name = canonical::<RuleName>(&name)?;
+                self.remote.ask(&Request::RuleShow(RuleRef { name }), render::show)
+            }
             Command::Add(add) => change(&self.remote, &Request::RuleAdd(add.spec()?)),
             Command::Set(set) => change(&self.remote, &Request::RuleSet(set.change()?)),
             Command::Remove { name, save } => {
@@ -107,16 +108,8 @@ impl Args {
 
 fn change(remote: &Remote, request: &Request) -> anyhow::Result<()> {
     let outcome: RuleOutcome = remote.call(request)?;
-    if !remote.json() {
-        for warning in &outcome.warnings {
-            let _ = writeln!(io::stderr(), "warning: {}", text::one_line(warning));
-        }
-    }
+    remote.warn(&outcome.warnings);
     remote.show(&outcome, |outcome, _| render::outcome(outcome))
-}
-
-fn reference(name: &str) -> Result<RuleRef, RuleError> {
-    Ok(RuleRef { name: canonical::<RuleName>(name)? })
 }
 
 /// The one way to write what `text` says.
