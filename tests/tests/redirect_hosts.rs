@@ -453,9 +453,10 @@ fn hosts_and_groups_on_one_interface_each_get_their_own() {
         let seen = sinks[sink].exactly(to.parse().unwrap(), 5_000);
         assert_sequence(&seen, 0..5_000);
         let destination: SocketAddrV4 = to.parse().unwrap();
-        let expected = match destination.ip().is_multicast() {
-            true => tests::frame::multicast_mac(*destination.ip()),
-            false => mac(&site.sinks[sink].host, ETH),
+        let expected = if destination.ip().is_multicast() {
+            tests::frame::multicast_mac(*destination.ip())
+        } else {
+            mac(&site.sinks[sink].host, ETH)
         };
         assert!(seen.iter().all(|one| one.destination_mac == expected && one.checksum_holds), "{output}");
     }

@@ -473,6 +473,8 @@ impl Daemon {
                 if links != *self.state.links() {
                     self.log_changes(&links);
                     self.clear_socket_errors();
+                    // What outputs missed until now has the reason of until now.
+                    self.books.follow_redirected(&self.state, &self.programs);
                     self.state.apply(Event::Links(links));
                     // Another interface may have the name of one that took redirected frames.
                     let targets = self.ask_targets();
@@ -502,6 +504,8 @@ impl Daemon {
         match self.neighbours.next_hops(hosts, former).await {
             Ok(next_hops) if next_hops != *former => {
                 log_neighbours(former, &next_hops);
+                // What outputs missed until now has the reason of until now.
+                self.books.follow_redirected(&self.state, &self.programs);
                 Some(next_hops)
             }
             Ok(_) => None,
@@ -552,10 +556,6 @@ impl Daemon {
 
     /// Takes an event in and does what follows from it.
     async fn take(&mut self, event: Event) {
-        if matches!(event, Event::Links(_) | Event::NextHops(_)) {
-            // What outputs missed until now has the reason of until now.
-            self.books.follow_redirected(&self.state, &self.programs);
-        }
         for effect in self.state.apply(event) {
             if let Err(failure) = self.execute(&effect).await {
                 error!(?effect, ?failure, "failed");
