@@ -292,9 +292,8 @@ impl Books {
         }
         for slot in new_outputs {
             let (mut base, mut kernel_base) = Default::default();
-            let goes_on = self.inherited.outputs.remove(slot);
-            self.redirected.open(*slot, goes_on);
-            if !goes_on {
+            if !self.inherited.outputs.remove(slot) {
+                self.redirected.open(*slot);
                 (base, kernel_base) = (self.raw_output(*slot), self.redirected.output(*slot));
             }
             self.output_bases.insert(*slot, base);
