@@ -212,11 +212,13 @@ impl<'a> Relay<'a> {
         assert_eq!(outcome.outcome, Outcome::Added);
         assert_eq!(outcome.rule.name, name);
         let rule = self.wait_until_active(name);
-        if input.ends_with("@in0") && !args.contains(&"--datapath") {
-            let headers_alone = |output: &&str| output.starts_with("239.") && !output.contains("loop=true");
+        // The kernel alone sends to hosts when it knows them.
+        let awaits_hosts =
+            self.ground == Ground::Kernel && outputs.iter().any(|output| !output.starts_with("239."));
+        if input.ends_with("@in0") && !args.contains(&"--datapath") && !awaits_hosts {
+            let own_listeners = outputs.iter().any(|output| output.contains("loop=true"));
             let expected = match self.ground {
-                // The kernel alone knows neither hosts nor the host's own listeners.
-                Ground::Kernel if !outputs.iter().all(headers_alone) => "af-xdp",
+                Ground::Kernel if own_listeners => "af-xdp",
                 ground => ground.datapath(),
             };
             assert_eq!(rule.datapath.as_deref(), Some(expected), "{rule:?}");
@@ -259,6 +261,14 @@ impl<'a> Relay<'a> {
         });
         wait_until(&what, PATIENCE, || self.workers().iter().all(|worker| worker.state == "running"));
         rule
+    }
+
+    /// Waits until a rule is served by a datapath.
+    #[track_caller]
+    pub fn wait_until_by(&self, name: &str, datapath: &str) -> RuleInfo {
+        wait_for(&format!("{name} is served by {datapath}"), PATIENCE, || {
+            Some(self.show(name)).filter(|rule| rule.datapath.as_deref() == Some(datapath))
+        })
     }
 
     #[track_caller]

@@ -512,4 +512,15 @@ mod egress {
     );
 }
 
+/// A rule whose hosts are not known, or do not answer, is a worker's, and the kernel's when they do.
+mod hosts {
+    use super::*;
+
+    tests::by_the_kernel!(
+        what_goes_to_a_host_that_does_not_answer_is_unreachable,
+        a_host_that_stops_answering_in_mid_stream_is_found_out,
+        a_router_that_does_not_answer_is_the_reason_for_what_lies_behind_it,
+    );
+}
+
 tests::as_ordinary_user!(what_goes_to_a_host_that_does_not_answer_is_unreachable);

@@ -34,6 +34,8 @@ fn check(outputs: &[&str]) {
     let relay = Relay::start(&site);
     let rule: Vec<_> = (0..).zip(outputs).map(|(sink, to)| format!("{to}@out{sink}")).collect();
     relay.add("cam1", INPUT, &rule.iter().map(String::as_str).collect::<Vec<_>>());
+    // By the kernel itself once it knows its hosts.
+    relay.wait_until_by("cam1", site.ground.datapath());
     site.segments[0].wait_until_joined(*group().ip());
     let mut captures: Vec<_> = (0..outputs.len()).map(|sink| site.capture(sink)).collect();
     let receivers: Vec<_> = site
@@ -87,6 +89,7 @@ fn a_host_where_no_one_listens_disturbs_no_other_output() {
     let site = Site::default();
     let relay = Relay::start(&site);
     relay.add("cam1", INPUT, &["239.2.2.2:6000@out0", "10.78.1.2:6001@out1"]);
+    relay.wait_until_by("cam1", site.ground.datapath());
     site.segments[0].wait_until_joined(*group().ip());
     let (mut sink0, mut sink1) = (site.capture(0), site.capture(1));
     Source::play(site.source(), Stream { count: 5_000, ..Stream::to(group()) });
@@ -230,6 +233,7 @@ tests::by_the_kernel!(
     one_output_receives_all,
     three_outputs_receive_all,
     a_host_and_a_group_receive_all,
+    a_host_where_no_one_listens_disturbs_no_other_output,
     an_output_has_the_defaults_that_the_manual_states,
     an_output_has_the_ttl_and_dscp_of_its_options,
     an_output_has_the_source_of_its_options,

@@ -4,19 +4,18 @@ use std::net::Ipv4Addr;
 
 use mcr_common::redirect::{Rewrite, tos, ttl};
 
-use crate::{
-    rule::{Dscp, From, Output, Ttl},
-    sys::multicast::multicast_mac,
-};
+use crate::rule::{Dscp, From, Output, Ttl};
 
 /// What of a rule's traffic the host itself still sees.
 pub const HOST_SEES: &str = "the host's own sockets, firewall and tcpdump see the rule's datagrams neither on \
                              ingress nor on egress, and no queueing discipline shapes them";
 
-/// What an output's interface gives to its datagrams.
+/// What an output's interface and the next hop there give to its datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Egress {
-    pub mac: [u8; 6],
+    /// The group's, or that of the host or the router to it.
+    pub destination_mac: [u8; 6],
+    pub source_mac: [u8; 6],
     /// The interface's primary address, for an output without `from=`.
     pub address: Ipv4Addr,
     /// The daemon's source port, likewise.
@@ -24,15 +23,9 @@ pub struct Egress {
     pub mtu: u32,
 }
 
-/// Why an output needs more than new headers, whatever its interface is.
+/// Why an output needs more than new headers, whatever its interface and its neighbour are.
 pub fn needs_host(output: &Output) -> Option<&'static str> {
-    if !output.destination.is_multicast() {
-        Some("a host's MAC address is for the kernel's neighbour table to know")
-    } else if output.loop_back {
-        Some("loop=true is for the host's own sockets")
-    } else {
-        None
-    }
+    output.loop_back.then_some("loop=true is for the host's own sockets")
 }
 
 /// What is written over the headers of the datagrams that leave by an output.
@@ -48,8 +41,8 @@ pub fn rewrite(output: &Output, egress: Egress) -> Rewrite {
         Dscp::Copy => (tos::COPY, 0),
     };
     Rewrite {
-        destination_mac: multicast_mac(output.destination),
-        source_mac: egress.mac,
+        destination_mac: egress.destination_mac,
+        source_mac: egress.source_mac,
         source: from.address.octets(),
         destination: output.destination.octets(),
         source_port: from.port.unwrap_or(egress.port).to_be_bytes(),
@@ -68,12 +61,18 @@ mod tests {
 
     #[test]
     fn what_an_output_says_is_written() {
-        let egress = Egress { mac: [2, 0, 0, 0, 0, 5], address: [10, 78, 0, 1].into(), port: 404, mtu: 1400 };
+        let egress = Egress {
+            destination_mac: [1, 0, 0x5e, 2, 2, 3],
+            source_mac: [2, 0, 0, 0, 0, 5],
+            address: [10, 78, 0, 1].into(),
+            port: 404,
+            mtu: 1400,
+        };
         let of = |endpoint: &str| rewrite(&endpoint.parse::<Output>().unwrap(), egress);
         let plain = of("239.130.2.3:6000@eth1");
         let expected = Rewrite {
-            destination_mac: [1, 0, 0x5e, 2, 2, 3],
-            source_mac: egress.mac,
+            destination_mac: egress.destination_mac,
+            source_mac: egress.source_mac,
             source: [10, 78, 0, 1],
             destination: [239, 130, 2, 3],
             source_port: [1, 0x94],
@@ -97,10 +96,10 @@ mod tests {
     }
 
     #[test]
-    fn hosts_and_own_listeners_are_not_for_new_headers_alone() {
+    fn own_listeners_are_not_for_new_headers_alone() {
         let needs = |endpoint: &str| needs_host(&endpoint.parse::<Output>().unwrap()).is_some();
-        assert!(needs("10.0.0.9:6000@eth1"));
         assert!(needs("239.2.2.2:6000@eth1,loop=true"));
+        assert!(!needs("10.0.0.9:6000@eth1"));
         assert!(!needs("239.2.2.2:6000@eth1,gso=false,ttl=dec"));
     }
 }

@@ -46,8 +46,10 @@ pub enum NextHop {
 pub struct Neighbour {
     /// The host itself, or the router to it.
     pub address: Ipv4Addr,
-    /// Its MAC, while it is known.
+    /// Its MAC, while it is known; of one that is looked for again, the one that it had, until it fails to answer.
     pub mac: Option<[u8; 6]>,
+    /// The kernel does not have its MAC.
+    pub sought: bool,
     /// It did not answer when it was last looked for, and has not answered since.
     pub failed: bool,
 }
@@ -62,22 +64,28 @@ type Place = (IfIndex, Ipv4Addr);
 type Table = BTreeMap<Place, (Option<[u8; 6]>, NeighbourState)>;
 
 impl Neighbour {
-    /// A neighbour by what the kernel has of it, and by whether it had failed. It goes on to be failed while it
-    /// is looked for again.
-    fn read(address: Ipv4Addr, entry: Option<&(Option<[u8; 6]>, NeighbourState)>, had_failed: bool) -> Self {
+    /// A neighbour by what the kernel has of it, by the MAC that it had, and by whether it had failed. It goes on to
+    /// be what it was while it is looked for again.
+    fn read(
+        address: Ipv4Addr,
+        entry: Option<&(Option<[u8; 6]>, NeighbourState)>,
+        former: Option<[u8; 6]>,
+        had_failed: bool,
+    ) -> Self {
         let failed = match entry.map(|(_, state)| state) {
             Some(NeighbourState::Failed) => true,
             Some(NeighbourState::Incomplete | NeighbourState::None) | None => had_failed,
             Some(_) => false,
         };
-        Self { address, mac: entry.and_then(|(mac, _)| *mac), failed }
+        let mac = entry.and_then(|(mac, _)| *mac);
+        Self { address, mac: mac.or(former.filter(|_| !failed)), sought: mac.is_none(), failed }
     }
 }
 
 impl NextHop {
-    /// Nobody has answered for it.
+    /// The kernel does not know where it is.
     pub fn is_unresolved(&self) -> bool {
-        matches!(self, Self::Neighbour(Neighbour { mac: None, .. }))
+        matches!(self, Self::Neighbour(Neighbour { sought: true, .. }))
     }
 }
 
@@ -166,12 +174,14 @@ impl NeighbourWatch {
             };
             if let NextHop::Neighbour(Neighbour { address, .. }) = hop {
                 let place = (host.interface, address);
-                let had_failed = self.failed.contains(&place)
-                    || matches!(known,
-                    Some(NextHop::Neighbour(known)) if known.failed && known.address == address);
-                let entry = table.get(&place);
+                let known = match known {
+                    Some(NextHop::Neighbour(known)) if known.address == address => Some(known),
+                    _ => None,
+                };
+                let had_failed = self.failed.contains(&place) || known.is_some_and(|known| known.failed);
+                let former = known.and_then(|known| known.mac);
                 watched.insert(place);
-                hop = NextHop::Neighbour(Neighbour::read(address, entry, had_failed));
+                hop = NextHop::Neighbour(Neighbour::read(address, table.get(&place), former, had_failed));
             }
             hops.insert(host, hop);
         }
@@ -180,11 +190,32 @@ impl NeighbourWatch {
         Ok(hops)
     }
 
-    /// Has the kernel look for a neighbour, unless it knows it.
-    pub async fn look_for(&self, interface: IfIndex, address: Ipv4Addr) -> Result<(), rtnetlink::Error> {
-        let request = self.handle.neighbours().add(interface.0, address.into());
-        // To replace is to take the entry as it is; `Use` alone is done to it.
-        request.state(NeighbourState::None).flags(NeighbourFlags::Use).replace().execute().await
+    /// Has the kernel look for the neighbours whose MAC it does not know; with `all`, and see from time to time
+    /// whether the others still have theirs, as it does for those that it sends to itself: frames that are
+    /// redirected use no entry, and one that nobody uses is never asked again.
+    pub async fn look_for(&self, all: bool) -> Result<(), rtnetlink::Error> {
+        if self.watched.is_empty() {
+            return Ok(());
+        }
+        let table = self.table().await?;
+        let mut outcome = Ok(());
+        for place @ &(interface, address) in &self.watched {
+            let wanted = match table.get(place) {
+                // To use an entry makes the kernel forget that it was to stand for good.
+                Some((_, NeighbourState::Permanent)) => false,
+                Some((Some(_), _)) => all,
+                _ => true,
+            };
+            if wanted {
+                let request = self.handle.neighbours().add(interface.0, address.into());
+                // To replace is to take the entry as it is; `Use` alone is done to it.
+                let request = request.state(NeighbourState::None).flags(NeighbourFlags::Use).replace();
+                if let Err(error) = request.execute().await {
+                    outcome = Err(error);
+                }
+            }
+        }
+        outcome
     }
 
     /// Where the routes lead; nothing is known yet of a neighbour there.
@@ -210,7 +241,7 @@ impl NeighbourWatch {
                 _ => {}
             }
         }
-        Ok(NextHop::Neighbour(Neighbour { address, mac: None, failed: false }))
+        Ok(NextHop::Neighbour(Neighbour { address, mac: None, sought: true, failed: false }))
     }
 
     async fn table(&self) -> Result<Table, rtnetlink::Error> {
@@ -250,7 +281,8 @@ mod tests {
     fn a_neighbour_that_failed_stays_so_until_it_answers() {
         use NeighbourState::{Delay, Failed, Incomplete, None, Permanent, Probe, Reachable, Stale};
         let host = Ipv4Addr::new(10, 0, 0, 9);
-        let failed = |state, before| Neighbour::read(host, Some(&(Option::None, state)), before).failed;
+        let failed =
+            |state, before| Neighbour::read(host, Some(&(Option::None, state)), Option::None, before).failed;
         for before in [false, true] {
             for state in [Incomplete, None] {
                 assert_eq!(failed(state, before), before, "{state}");
@@ -259,7 +291,25 @@ mod tests {
             for state in [Reachable, Stale, Delay, Probe, Permanent] {
                 assert!(!failed(state, before), "{state}");
             }
-            assert_eq!(Neighbour::read(host, Option::None, before).failed, before);
+            assert_eq!(Neighbour::read(host, Option::None, Option::None, before).failed, before);
         }
+    }
+
+    #[test]
+    fn a_neighbour_that_is_looked_for_again_is_where_it_was_until_it_fails() {
+        use NeighbourState::{Delay, Failed, Incomplete, Probe, Reachable, Stale};
+        let (old, new) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+        let read = |entry: Option<(Option<[u8; 6]>, NeighbourState)>, had_failed| {
+            let found = Neighbour::read(Ipv4Addr::LOCALHOST, entry.as_ref(), Some(old), had_failed);
+            (found.mac, found.sought)
+        };
+        for state in [Reachable, Stale, Delay, Probe] {
+            assert_eq!(read(Some((Some(new), state)), false), (Some(new), false), "{state}");
+        }
+        for gone in [None, Some((None, Incomplete))] {
+            assert_eq!(read(gone, false), (Some(old), true), "{gone:?}");
+            assert_eq!(read(gone, true), (None, true), "{gone:?}");
+        }
+        assert_eq!(read(Some((None, Failed)), false), (None, true));
     }
 }

@@ -44,7 +44,8 @@ impl Daemon {
 
     pub fn rule_info(&self, entry: &Entry) -> RuleInfo {
         let rule = &entry.rule;
-        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output)).collect();
+        let datapath = self.state.datapath_of(rule);
+        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output, datapath)).collect();
         let (health, reason) = match self.state.rule_problem(entry) {
             Some((Problem::Failed, why)) => (Health::Failed, Some(why)),
             Some((Problem::Waits, why)) => (Health::Pending, Some(why)),
@@ -96,8 +97,8 @@ impl Daemon {
         self.state.serves(&rule.input.interface, datapath).then_some(datapath)
     }
 
-    fn output_info(&self, output: &Output) -> OutputInfo {
-        let reason = self.state.output_pending(output);
+    fn output_info(&self, output: &Output, datapath: Datapath) -> OutputInfo {
+        let reason = self.state.output_pending(output, datapath);
         let health = if reason.is_none() { Health::Active } else { Health::Pending };
         OutputInfo { to: output.to_string(), health, reason }
     }
@@ -253,8 +254,10 @@ impl Daemon {
         let mut its = rules.filter(|rule| {
             rule.input.interface == id.interface && self.state.datapath_of(rule) == id.datapath
         });
-        let by_auto = its.any(|rule| rule.datapath.0.is_none());
-        DatapathChoice((!by_auto).then_some(id.datapath))
+        let named = |rule: &Rule| rule.datapath.0.is_some();
+        // One whose rules have all moved on was not asked for any more.
+        let by_name = its.next().is_some_and(named) && its.all(named);
+        DatapathChoice(by_name.then_some(id.datapath))
     }
 
     pub fn status(&self) -> Status {

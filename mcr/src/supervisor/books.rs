@@ -291,8 +291,10 @@ impl Books {
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
+            let goes_on = self.inherited.outputs.remove(slot);
+            self.redirected.open(*slot, goes_on);
             let (mut base, mut kernel_base) = Default::default();
-            if !self.inherited.outputs.remove(slot) {
+            if !goes_on {
                 (base, kernel_base) = (self.raw_output(*slot), self.redirected.output(*slot));
             }
             self.output_bases.insert(*slot, base);
@@ -420,15 +422,18 @@ impl Books {
         totals
     }
 
-    /// What the kernel did for an output by itself. What came while it was none of the outputs was pending.
+    /// What the kernel did for an output by itself. What came while it was none of the outputs was pending, or
+    /// unreachable.
     fn sent_by_kernel(&self, slot: OutputSlot) -> OutputTotals {
-        let OfOutput { offered, totals } = self.redirected.output(slot);
+        let OfOutput { totals, .. } = self.redirected.output(slot);
         let mut dropped = [0; DropReason::ALL.len()];
-        dropped[DropReason::Pending as usize] = offered.saturating_sub(totals.received);
+        let [pending, unreachable] = self.redirected.missed(slot);
+        dropped[DropReason::Pending as usize] = pending;
+        dropped[DropReason::Unreachable as usize] = unreachable;
         dropped[DropReason::TooBig as usize] = totals.counters.too_big;
         dropped[DropReason::TtlExpired as usize] = totals.counters.ttl_expired;
         OutputTotals {
-            received: offered.max(totals.received),
+            received: totals.received.wrapping_add(pending + unreachable),
             sent: totals.counters.rewritten,
             sent_bytes: totals.counters.rewritten_bytes,
             dropped,

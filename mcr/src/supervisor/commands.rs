@@ -273,8 +273,9 @@ impl Daemon {
         if let Some((_, why)) = self.state.rule_problem(entry) {
             warnings.push(format!("rule '{}' waits: {why}", rule.name));
         }
+        let datapath = self.state.datapath_of(rule);
         for output in &rule.outputs {
-            if let Some(why) = self.state.output_pending(output) {
+            if let Some(why) = self.state.output_pending(output, datapath) {
                 warnings.push(format!("the output {output} waits: {why}"));
             }
         }

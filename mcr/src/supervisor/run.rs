@@ -32,7 +32,7 @@ use crate::{
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
         membership::{Membership, Memberships},
-        neighbours::{NeighbourWatch, NextHop, NextHops},
+        neighbours::{Host, NeighbourWatch, NextHop, NextHops},
         packet_socket::PacketSocket,
         redirect_target::takes_redirects,
     },
@@ -68,6 +68,10 @@ const CALLS: usize = 256;
 /// How often the counters of the devices are read where nobody asks: what was lost since then is not known of
 /// a device that goes.
 const DEVICES_PERIOD: Duration = Duration::from_secs(10);
+
+/// How often neighbours that are known are used in the kernel's eyes: within the time, five seconds by default, in
+/// which it asks one again that it has not heard of for long, and calls it stale otherwise.
+const NEIGHBOURS_PERIOD: Duration = Duration::from_secs(4);
 
 /// A worker's packet socket.
 pub struct PacketIngress {
@@ -108,6 +112,7 @@ pub struct Daemon {
     /// What redirected frames would pass by; `auto` redirects nothing where that cannot be known.
     hooks: Option<Arc<EgressHooks>>,
     pub object: Object,
+    neighbours: NeighbourWatch,
     memberships: Memberships,
     /// Those that are to outlive the daemon.
     pub kept: Memberships,
@@ -188,6 +193,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         fallbacks: BTreeSet::new(),
         hooks,
         object,
+        neighbours,
         memberships: Memberships::default(),
         kept: Memberships::default(),
         formers: BTreeMap::new(),
@@ -213,7 +219,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         source_port = source_port.get(),
         "ready"
     );
-    let served = daemon.serve(listener, (links, neighbours), incoming, ended).await;
+    let served = daemon.serve(listener, links, incoming, ended).await;
     daemon.end();
     leave(namespace, lock);
     served
@@ -300,7 +306,7 @@ impl Daemon {
     async fn serve(
         &mut self,
         listener: tokio::net::UnixListener,
-        (mut links, mut neighbours): (LinkWatch, NeighbourWatch),
+        mut links: LinkWatch,
         mut incoming: mpsc::UnboundedReceiver<Event>,
         mut ended: mpsc::UnboundedReceiver<End>,
     ) -> anyhow::Result<()> {
@@ -322,11 +328,12 @@ impl Daemon {
         quarter.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut devices = interval(DEVICES_PERIOD);
         devices.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut neighbours = interval(NEIGHBOURS_PERIOD);
+        neighbours.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
         let hooks = self.hooks.clone();
 
         self.read_links(&links).await;
-        self.read_next_hops(&mut neighbours).await;
         self.settle().await;
         loop {
             tokio::select! {
@@ -353,7 +360,8 @@ impl Daemon {
                     self.read_targets().await;
                 }
                 () = hooks_changed(hooks.as_deref()) => self.read_targets().await,
-                () = neighbours.changed() => {}
+                () = self.neighbours.changed() => {}
+                _ = neighbours.tick() => self.look_for_neighbours(true).await,
                 _ = second.tick() => {
                     self.end_hung_workers();
                     self.check_ledger();
@@ -368,12 +376,12 @@ impl Daemon {
                     if self.state.awaits_slot() {
                         self.read_links(&links).await;
                     }
-                    self.read_next_hops(&mut neighbours).await;
-                    self.look_for_neighbours(&neighbours).await;
+                    self.read_next_hops().await;
+                    self.look_for_neighbours(false).await;
                 }
                 _ = quarter.tick() => {
-                    if neighbours.is_stale() {
-                        self.read_next_hops(&mut neighbours).await;
+                    if self.neighbours.is_stale() {
+                        self.read_next_hops().await;
                     }
                     if self.queues_changed() {
                         self.read_links(&links).await;
@@ -476,32 +484,41 @@ impl Daemon {
     }
 
     /// Reads where the hosts of outputs are found, if that may have changed.
-    async fn read_next_hops(&mut self, watch: &mut NeighbourWatch) {
+    async fn read_next_hops(&mut self) {
         let hosts = self.state.hosts();
         let former = self.state.next_hops();
         let known = hosts.iter().eq(former.keys()) && !former.values().any(NextHop::is_unresolved);
-        if known && (hosts.is_empty() || !watch.is_stale()) {
+        if known && (hosts.is_empty() || !self.neighbours.is_stale()) {
             return;
         }
-        match watch.next_hops(&hosts, former).await {
-            Ok(next_hops) if next_hops != *former => {
-                log_neighbours(former, &next_hops);
-                self.take(Event::NextHops(next_hops)).await;
-            }
-            Ok(_) => {}
-            Err(error) => warn!(%error, "the neighbours cannot be read; trying again within a second"),
+        if let Some(next_hops) = self.ask_next_hops(&hosts).await {
+            self.take(Event::NextHops(next_hops)).await;
         }
     }
 
-    /// Has the kernel look for the neighbours whose MAC it does not know, before and while they are sent to.
-    async fn look_for_neighbours(&self, watch: &NeighbourWatch) {
-        for (host, hop) in self.state.next_hops() {
-            if let NextHop::Neighbour(neighbour) = hop
-                && neighbour.mac.is_none()
-                && let Err(error) = watch.look_for(host.interface, neighbour.address).await
-            {
-                debug!(neighbour = %neighbour.address, %error, "cannot be looked for");
+    /// Where hosts are found, if it is not as it was.
+    async fn ask_next_hops(&mut self, hosts: &BTreeSet<Host>) -> Option<NextHops> {
+        let former = self.state.next_hops();
+        match self.neighbours.next_hops(hosts, former).await {
+            Ok(next_hops) if next_hops != *former => {
+                log_neighbours(former, &next_hops);
+                Some(next_hops)
             }
+            Ok(_) => None,
+            Err(error) => {
+                warn!(%error, "the neighbours cannot be read; trying again within a second");
+                None
+            }
+        }
+    }
+
+    /// Has the kernel look for the neighbours whose MAC it does not know, before and while they are sent to, or see
+    /// to `all`.
+    async fn look_for_neighbours(&self, all: bool) {
+        if (all || self.state.next_hops().values().any(NextHop::is_unresolved))
+            && let Err(error) = self.neighbours.look_for(all).await
+        {
+            debug!(%error, "not all neighbours can be looked for");
         }
     }
 
@@ -535,6 +552,10 @@ impl Daemon {
 
     /// Takes an event in and does what follows from it.
     async fn take(&mut self, event: Event) {
+        if matches!(event, Event::Links(_) | Event::NextHops(_)) {
+            // What outputs missed until now has the reason of until now.
+            self.books.follow_redirected(&self.state, &self.programs);
+        }
         for effect in self.state.apply(event) {
             if let Err(failure) = self.execute(&effect).await {
                 error!(?effect, ?failure, "failed");
@@ -567,6 +588,14 @@ impl Daemon {
             // What rules newly send from is asked before it is decided how they do.
             let targets = self.ask_targets();
             self.state.apply(Event::Targets(targets));
+        }
+        let hosts = self.state.hosts();
+        if hosts.iter().any(|host| !self.state.next_hops().contains_key(host)) {
+            // And where the hosts are that rules newly send to.
+            if let Some(next_hops) = self.ask_next_hops(&hosts).await {
+                self.state.apply(Event::NextHops(next_hops));
+            }
+            self.look_for_neighbours(false).await;
         }
         loop {
             let plan = self.state.plan();

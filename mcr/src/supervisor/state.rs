@@ -36,6 +36,7 @@ use crate::{
     supervisor::event::{
         Effect, Event, Failure, Fanout, FrameSource, Inheritance, Joined, Targets, WorkerId, WorkerSpec,
     },
+    sys::multicast::multicast_mac,
     worker::{
         ledger::DropReason,
         protocol::{self, CompiledOutput, CompiledRule, Route},
@@ -395,18 +396,24 @@ impl State {
 
     /// Why `auto` does not have the kernel send a rule's datagrams on, if it does not.
     pub fn auto_redirect_objection(&self, rule: &Rule) -> Option<String> {
-        self.redirect_objection(rule).or_else(|| {
-            let hook = |interface| match self.targets.hooks.get(interface) {
-                _ if !self.links.contains_key(interface) => None,
-                Some(hook) => hook.clone(),
-                None => Some(format!("it is not known what {interface} sends through")),
-            };
-            rule.outputs.iter().map(|output| &output.interface).find_map(hook)
-        })
+        let unreachable = |output| {
+            let withheld = self.redirect_route(output).err();
+            withheld
+                .filter(|withheld| withheld.reason == DropReason::Unreachable)
+                .map(|withheld| withheld.why)
+        };
+        let hook = |interface| match self.targets.hooks.get(interface) {
+            _ if !self.links.contains_key(interface) => None,
+            Some(hook) => hook.clone(),
+            None => Some(format!("it is not known what {interface} sends through")),
+        };
+        self.redirect_objection(rule)
+            .or_else(|| rule.outputs.iter().find_map(unreachable))
+            .or_else(|| rule.outputs.iter().map(|output| &output.interface).find_map(hook))
     }
 
     /// Why the kernel cannot send a rule's datagrams on by itself, if it cannot. An output that waits for its
-    /// interface is no objection.
+    /// interface or for its neighbour is no objection.
     fn redirect_objection(&self, rule: &Rule) -> Option<String> {
         if let Some(why) = self.output_failures.get(&rule.input.interface) {
             return Some(why.clone());
@@ -419,10 +426,24 @@ impl State {
             let link = self.links.get(interface)?;
             match self.targets.refusals.get(interface) {
                 _ if link.mac.is_none() => Some(format!("{interface} has no Ethernet address")),
+                Some(None) => self.no_neighbour(output),
                 Some(refusal) => refusal.clone(),
                 None => Some(format!("it is not known whether {interface} takes redirected frames")),
             }
         })
+    }
+
+    /// Why no neighbour can be had for an output, whoever answers.
+    fn no_neighbour(&self, output: &Output) -> Option<String> {
+        let (route, key) = self.way(output).ok().filter(|(_, key)| key.unicast)?;
+        let (host, interface) = (route.destination, &key.interface);
+        match self.host(&route, &key).map(|host| self.next_hops.get(&host)) {
+            None => Some(format!("{interface} looks for no neighbours (ARP is off), so {host} has none")),
+            Some(Some(NextHop::Direct)) => Some(format!(
+                "{host} has no neighbour on {interface}: it is this host, a broadcast, or behind an IPv6 router"
+            )),
+            _ => None,
+        }
     }
 
     /// The interfaces that rules send from which may be redirected.
@@ -758,11 +779,15 @@ impl State {
 
     /// An output as the kernel is to serve it, unless it waits for something.
     fn redirect_output(&self, output: &Output, slot: OutputSlot) -> Option<RedirectOutput> {
-        let (route, key) =
-            self.route(output).ok().filter(|_| datapath::redirect::needs_host(output).is_none())?;
-        let mac = self.links.get(&output.interface)?.mac?;
-        let egress =
-            datapath::redirect::Egress { mac, address: route.source, port: key.source_port, mtu: route.mtu };
+        let (route, key, destination_mac) =
+            self.redirect_route(output).ok().filter(|_| datapath::redirect::needs_host(output).is_none())?;
+        let egress = datapath::redirect::Egress {
+            destination_mac,
+            source_mac: self.links.get(&output.interface)?.mac?,
+            address: route.source,
+            port: key.source_port,
+            mtu: route.mtu,
+        };
         let rewrite = datapath::redirect::rewrite(output, egress);
         Some(RedirectOutput { slot, egress: IfIndex(route.ifindex), rewrite })
     }
@@ -1123,6 +1148,23 @@ impl State {
         Err(Withheld { why, reason: DropReason::Unreachable })
     }
 
+    /// As [`Self::route`], of what the kernel sends on by itself: down to the MAC address, which nobody looks up
+    /// for it.
+    fn redirect_route(&self, output: &Output) -> Result<(Route, EgressKey, [u8; 6]), Withheld> {
+        let (route, key) = self.route(output)?;
+        if !key.unicast {
+            return Ok((route, key, multicast_mac(output.destination)));
+        }
+        let address = match self.host(&route, &key).and_then(|host| self.next_hops.get(&host)) {
+            Some(NextHop::Neighbour(Neighbour { mac: Some(mac), .. })) => return Ok((route, key, *mac)),
+            Some(NextHop::Neighbour(Neighbour { address, .. })) => *address,
+            _ => route.destination,
+        };
+        let yet = || format!("{address} has no neighbour yet on {}", key.interface);
+        let why = self.no_neighbour(output).unwrap_or_else(yet);
+        Err(Withheld { why, reason: DropReason::Unreachable })
+    }
+
     /// The host that a route leads to, if neighbours are looked for there.
     fn host(&self, route: &Route, key: &EgressKey) -> Option<Host> {
         let arp = key.unicast && self.links.get(&key.interface).is_some_and(|link| link.arp);
@@ -1398,9 +1440,18 @@ impl State {
         failures.iter().find(|(key, _)| its(key)).map(|(_, why)| why)
     }
 
-    /// What an output waits for, if it waits.
-    pub fn output_pending(&self, output: &Output) -> Pending {
-        self.route(output).err().map(|withheld| withheld.why)
+    /// What an output waits for, if it waits, on the datapath of its rule.
+    pub fn output_pending(&self, output: &Output, datapath: Datapath) -> Pending {
+        let withheld = match datapath {
+            Datapath::Redirect => self.redirect_route(output).err(),
+            _ => self.route(output).err(),
+        };
+        withheld.map(|withheld| withheld.why)
+    }
+
+    /// Under which reason an output gets nothing of what the kernel sends on by itself, if it gets nothing now.
+    pub fn redirect_withheld(&self, output: &Output) -> Option<DropReason> {
+        self.redirect_route(output).err().map(|withheld| withheld.reason)
     }
 }
 

@@ -426,6 +426,11 @@ impl Supervisor {
         self.take(Event::RestartDue { id: id.clone() })
     }
 
+    /// What an output waits for on the datapaths of workers.
+    fn pending(&self, output: &Output) -> Pending {
+        self.state.output_pending(output, Datapath::AfXdp)
+    }
+
     fn problem(&self, rule: &str) -> Option<(Problem, String)> {
         self.state.rule_problem(self.state.rules().get(rule).unwrap())
     }
@@ -490,7 +495,8 @@ impl Supervisor {
         let expected: BTreeMap<_, Vec<_>> = by_kernel
             .map(|entry| {
                 let sends = |output: &Output| {
-                    self.source(output).is_some() && datapath::redirect::needs_host(output).is_none()
+                    let known = output.destination.is_multicast() || self.mac(output).is_some();
+                    self.source(output).is_some() && known && !output.loop_back
                 };
                 let outputs = entry.outputs().filter(|(output, _)| sends(output));
                 let index = |output: &Output| self.world.links[&output.interface].index;
@@ -563,7 +569,8 @@ impl Supervisor {
         assert_eq!(slots, entry.output_slots);
         for (compiled, output) in rule.outputs.iter().zip(&entry.rule.outputs) {
             assert_eq!(compiled.route.ok().map(|route| route.source), self.source(output), "{output}");
-            assert_eq!(self.state.output_pending(output).is_none(), compiled.route.is_ok(), "{output}");
+            let pending = self.state.output_pending(output, Datapath::AfXdp);
+            assert_eq!(pending.is_none(), compiled.route.is_ok(), "{output}");
             let Ok(route) = compiled.route else { continue };
             let link = &self.world.links[&output.interface];
             assert_eq!((route.ifindex, route.mtu), (link.index.0, link.mtu), "{output}");
@@ -576,12 +583,47 @@ impl Supervisor {
 
     /// The source address of an output that can send.
     fn source(&self, output: &Output) -> Option<Ipv4Addr> {
+        let source = self.address(output)?;
+        let hop = self.hop(output);
+        let lost = matches!(hop, Some(NextHop::NoRoute | NextHop::Neighbour(Neighbour { failed: true, .. })));
+        (!lost).then_some(source)
+    }
+
+    /// The source address of an output whose interface is there.
+    fn address(&self, output: &Output) -> Option<Ipv4Addr> {
         let link = self.world.links.get(&output.interface).filter(|link| link.up)?;
         let local = |from: &Ipv4Addr| self.world.links.values().any(|link| link.addresses.contains(from));
         match output.from {
             Some(from) => Some(from.address).filter(local),
             None => link.addresses.first().copied(),
         }
+    }
+
+    /// Where the kernel said that an output's host is.
+    fn hop(&self, output: &Output) -> Option<&NextHop> {
+        let interface = self.world.links.get(&output.interface)?.index;
+        let host = Host { interface, source: self.address(output)?, address: output.destination };
+        self.state.next_hops().get(&host)
+    }
+
+    /// The MAC of an output's neighbour.
+    fn mac(&self, output: &Output) -> Option<[u8; 6]> {
+        match self.hop(output) {
+            Some(NextHop::Neighbour(neighbour)) => neighbour.mac,
+            _ => None,
+        }
+    }
+
+    /// Every interface takes redirected frames, and nothing is in place there.
+    fn open_targets(&mut self) -> Vec<String> {
+        let all = || (0..4).map(|n| (link(n).0, None)).collect();
+        self.take(Event::Targets(Targets { refusals: all(), hooks: all() }))
+    }
+
+    /// The hosts of all outputs are found there.
+    fn find(&mut self, hop: NextHop) -> Vec<String> {
+        let hops = self.state.hosts().into_iter().map(|host| (host, hop)).collect();
+        self.take(Event::NextHops(hops))
     }
 }
 
@@ -862,6 +904,10 @@ fn an_interface_without_rules_goes_and_stays_away() {
     supervisor.check_settled();
 }
 
+fn neighbour(address: [u8; 4], mac: Option<[u8; 6]>, failed: bool) -> NextHop {
+    NextHop::Neighbour(Neighbour { address: address.into(), mac, sought: mac.is_none(), failed })
+}
+
 #[test]
 fn what_goes_to_a_host_waits_for_its_next_hop() {
     let outputs = ["10.0.1.9:6000@eth1", "10.9.9.9:6000@eth2", "239.2.2.2:6000@eth1"];
@@ -873,13 +919,12 @@ fn what_goes_to_a_host_waits_for_its_next_hop() {
     let near = host(1, Ipv4Addr::new(10, 0, 1, 9));
     let far = host(2, Ipv4Addr::new(10, 9, 9, 9));
     assert_eq!(supervisor.state.hosts(), BTreeSet::from([near, far]), "a group has no neighbour");
-    let neighbour =
-        |n, failed| NextHop::Neighbour(Neighbour { address: Ipv4Addr::new(10, 0, n, 9), mac: None, failed });
+    let neighbour = |n, failed| neighbour([10, 0, n, 9], None, failed);
     let mut tell = |hops: [NextHop; 2], pending: [Option<&str>; 2]| {
         let hops = [near, far].into_iter().zip(hops).collect();
         let did = supervisor.take(Event::NextHops(hops));
         for (text, pending) in outputs.iter().zip(pending.into_iter().chain([None])) {
-            assert_eq!(supervisor.state.output_pending(&output(text)).as_deref(), pending, "{text}");
+            assert_eq!(supervisor.pending(&output(text)).as_deref(), pending, "{text}");
         }
         assert_eq!(supervisor.state.hosts().len(), 2, "it is still looked for");
         did
@@ -911,10 +956,103 @@ fn what_goes_to_a_host_waits_for_its_next_hop() {
     );
     // Where nobody is looked for, and where the interface is down, nobody can fail to answer.
     supervisor.change("eth2", |link| link.arp = false);
-    assert_eq!(supervisor.state.output_pending(&output(outputs[1])), None);
+    assert_eq!(supervisor.pending(&output(outputs[1])), None);
     supervisor.change("eth1", |link| link.up = false);
-    let waits = supervisor.state.output_pending(&output(outputs[0]));
+    let waits = supervisor.pending(&output(outputs[0]));
     assert_eq!((waits.as_deref(), supervisor.state.hosts().len()), (Some("interface eth1 is down"), 0));
+}
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 1, 9];
+
+/// A rule with a host and a group on one interface.
+fn mixed(datapath: &str) -> Rule {
+    let outputs = ["10.0.1.9:6000@eth1", "239.2.2.2:6000@eth1"];
+    Rule { datapath: datapath.parse().unwrap(), ..rule("mixed", "239.1.1.1:5000@eth0", &outputs) }
+}
+
+#[test]
+fn the_kernel_sends_to_a_host_while_its_mac_is_known() {
+    let mut supervisor = Supervisor::serving(&[]);
+    supervisor.open_targets();
+    supervisor.add(mixed("auto"));
+    let of = |supervisor: &Supervisor| {
+        let rule = supervisor.state.rules().get("mixed").unwrap().rule.clone();
+        let why = supervisor.state.auto_redirect_objection(&rule);
+        (supervisor.state.datapath_of(&rule), why)
+    };
+    let macs = |supervisor: &Supervisor| -> Vec<_> {
+        let outputs = &supervisor.world.outputs[&(interface("eth0"), 0)];
+        outputs.iter().map(|output| output.rewrite.destination_mac).collect()
+    };
+    let group = [1, 0, 0x5e, 2, 2, 2];
+    let yet = || (Datapath::AfXdp, Some("10.0.1.9 has no neighbour yet on eth1".to_owned()));
+    assert_eq!(of(&supervisor), yet());
+    supervisor.find(neighbour([10, 0, 1, 9], None, false));
+    assert_eq!(of(&supervisor), yet());
+    // It answers: the kernel takes over from the worker, which lets go last.
+    let flow = |action| format!("set eth0 *,239.1.1.1:5000 {action} rule 0");
+    let moved = supervisor.find(neighbour([10, 0, 1, 9], Some(MAC), false));
+    let outputs = "outputs eth0 rule 0 0%11 1%11";
+    let place = |what: &str| moved.iter().position(|line| line == what).unwrap();
+    assert!(place(outputs) < place(&flow("redirect")), "{moved:?}");
+    assert!(place(&flow("redirect")) < place("remove eth0/xdp0 rule 0"), "{moved:?}");
+    assert_eq!((of(&supervisor), macs(&supervisor)), ((Datapath::Redirect, None), vec![MAC, group]));
+    supervisor.check_settled();
+    // Another MAC is written into what is sent, and nothing else changes.
+    let other = [2, 0, 0, 0, 1, 10];
+    did(&supervisor.find(neighbour([10, 0, 1, 9], Some(other), false)), &[outputs]);
+    assert_eq!(macs(&supervisor), [other, group]);
+    // It is looked for again: it may be where it was.
+    let sought = Neighbour { address: [10, 0, 1, 9].into(), mac: Some(other), sought: true, failed: false };
+    did(&supervisor.find(NextHop::Neighbour(sought)), &[]);
+    // It does not answer: the worker that still stands takes over.
+    let silent = "10.0.1.9 does not answer ARP on eth1".to_owned();
+    let moved = supervisor.find(neighbour([10, 0, 1, 9], None, true));
+    assert!(moved.contains(&flow("steer")), "{moved:?}");
+    assert_eq!(of(&supervisor), (Datapath::AfXdp, Some(silent)));
+    supervisor.check_settled();
+    supervisor.find(neighbour([10, 0, 1, 9], Some(MAC), false));
+    assert_eq!((of(&supervisor), macs(&supervisor)), ((Datapath::Redirect, None), vec![MAC, group]));
+    supervisor.check_settled();
+    // With its interface down the output waits, as on any datapath.
+    supervisor.change("eth1", |link| link.up = false);
+    assert_eq!(of(&supervisor).0, Datapath::Redirect);
+}
+
+#[test]
+fn what_the_kernel_itself_does_not_know_of_a_host_is_said() {
+    let check = |hop: Option<NextHop>, arp: bool, refused: bool, why: &str| {
+        let mut supervisor = Supervisor::serving(&[]);
+        supervisor.open_targets();
+        supervisor.change("eth1", |link| link.arp = arp);
+        supervisor.add(mixed("redirect"));
+        if let Some(hop) = hop {
+            supervisor.find(hop);
+        }
+        let by_auto = supervisor.state.auto_redirect_objection(&mixed("auto"));
+        assert_eq!(by_auto.as_deref(), Some(why));
+        let problem =
+            refused.then(|| (Problem::Failed, format!("the kernel cannot send it on by itself: {why}")));
+        assert_eq!(supervisor.problem("mixed"), problem);
+        // The group is served all the same, by name.
+        let [host, group] = ["10.0.1.9:6000@eth1", "239.2.2.2:6000@eth1"].map(output);
+        let pending = |output| supervisor.state.output_pending(output, Datapath::Redirect);
+        assert_eq!((pending(&host).as_deref(), pending(&group)), (Some(why), None));
+        assert_eq!(supervisor.state.redirect_withheld(&host), Some(DropReason::Unreachable));
+        assert_eq!(supervisor.world.outputs[&(interface("eth0"), 0)].len(), 1);
+        supervisor.check_settled();
+    };
+    let yet = "10.0.1.9 has no neighbour yet on eth1";
+    check(None, true, false, yet);
+    check(Some(neighbour([10, 0, 1, 9], None, false)), true, false, yet);
+    let router = "10.0.1.254 has no neighbour yet on eth1";
+    check(Some(neighbour([10, 0, 1, 254], None, false)), true, false, router);
+    let silent = "10.0.1.9 does not answer ARP on eth1";
+    check(Some(neighbour([10, 0, 1, 9], None, true)), true, false, silent);
+    check(Some(NextHop::NoRoute), true, false, "no route to 10.0.1.9 by eth1");
+    let direct = "10.0.1.9 has no neighbour on eth1: it is this host, a broadcast, or behind an IPv6 router";
+    check(Some(NextHop::Direct), true, true, direct);
+    check(None, false, true, "eth1 looks for no neighbours (ARP is off), so 10.0.1.9 has none");
 }
 
 #[test]
@@ -929,8 +1067,8 @@ fn an_output_waits_for_its_interface_and_leaves_the_others_alone() {
             &["upsert eth0/xdp0 rule 0 0>pending 1>239.2.2.3:6000 by #1 from 10.0.2.1", "close eth0/xdp0 #0"],
         );
         let first = output("239.2.2.2:6000@eth1");
-        assert_eq!(supervisor.state.output_pending(&first).as_deref(), Some(pending));
-        assert_eq!(supervisor.state.output_pending(&output("239.2.2.3:6000@eth2")), None);
+        assert_eq!(supervisor.pending(&first).as_deref(), Some(pending));
+        assert_eq!(supervisor.pending(&output("239.2.2.3:6000@eth2")), None);
         assert_eq!(supervisor.problem("two"), None);
         supervisor.check_settled();
         let back = supervisor.links(links(0..4));
@@ -941,7 +1079,7 @@ fn an_output_waits_for_its_interface_and_leaves_the_others_alone() {
                 "upsert eth0/xdp0 rule 0 0>239.2.2.2:6000 by #0 from 10.0.1.1 1>239.2.2.3:6000 by #1 from 10.0.2.1",
             ],
         );
-        assert_eq!(supervisor.state.output_pending(&first), None);
+        assert_eq!(supervisor.pending(&first), None);
         supervisor.check_settled();
     }
     let eth1 = |links: &mut Links| links.get_mut(&interface("eth1")).cloned().unwrap();
@@ -1002,10 +1140,10 @@ fn what_changes_of_an_egress_interface_reaches_the_worker() {
 fn a_source_that_an_output_names_must_be_an_address_of_the_host() {
     let named = rule("named", "239.1.1.1:5000@eth0", &["239.2.2.2:6000@eth1,from=10.0.3.1"]);
     let mut supervisor = Supervisor::serving(std::slice::from_ref(&named));
-    assert_eq!(supervisor.state.output_pending(&named.outputs[0]), None);
+    assert_eq!(supervisor.pending(&named.outputs[0]), None);
     did(&supervisor.links(links(0..3)), &["upsert eth0/xdp0 rule 0 0>pending", "close eth0/xdp0 #0"]);
     let why = "10.0.3.1 is no address of this host";
-    assert_eq!(supervisor.state.output_pending(&named.outputs[0]).as_deref(), Some(why));
+    assert_eq!(supervisor.pending(&named.outputs[0]).as_deref(), Some(why));
     supervisor.check_settled();
 }
 
@@ -1675,10 +1813,7 @@ fn an_egress_socket_that_cannot_be_made_leaves_its_outputs_waiting_and_the_worke
         ],
     );
     let output = &named().outputs[0];
-    assert_eq!(
-        supervisor.state.output_pending(output).as_deref(),
-        Some("cannot open eth0/xdp0 #1 eth1%11:53")
-    );
+    assert_eq!(supervisor.pending(output).as_deref(), Some("cannot open eth0/xdp0 #1 eth1%11:53"));
     assert_eq!(supervisor.problem("named"), None);
     assert_eq!(supervisor.problem("cam"), None);
     assert!(!supervisor.state.workers()[&worker("eth0", 0)].failed);
@@ -1695,7 +1830,7 @@ fn an_egress_socket_that_cannot_be_made_leaves_its_outputs_waiting_and_the_worke
     );
     supervisor.failing.clear();
     supervisor.change("eth1", |link| link.mtu = 1400);
-    assert_eq!(supervisor.state.output_pending(output), None);
+    assert_eq!(supervisor.pending(output), None);
     supervisor.check_settled();
 }
 
@@ -1830,6 +1965,8 @@ enum Step {
         worker: u8,
     },
     JoinsDue,
+    /// Where the hosts of outputs are found, by turns.
+    Hops(Vec<u8>),
     /// Whether each interface takes redirected frames, and whether nothing is in place there.
     Targets(Vec<(bool, bool)>),
     /// From now on this fails, or nothing does.
@@ -1848,7 +1985,7 @@ const INPUTS: [&str; 7] = [
     "239.1.1.2:5000@eth2,source=10.0.2.2",
 ];
 
-const OUTPUTS: [&str; 9] = [
+const OUTPUTS: [&str; 10] = [
     "239.1.1.1:5000@eth0",
     "239.1.1.1:5000@eth1",
     "239.1.1.2:5000@eth1,loop=true",
@@ -1858,6 +1995,7 @@ const OUTPUTS: [&str; 9] = [
     "239.9.9.9:7000@eth2,from=10.0.2.2:53",
     "239.9.9.9:7001@eth3",
     "192.0.2.9:7000@eth1",
+    "10.0.2.9:7000@eth2",
 ];
 
 const FAILING: [&str; 14] = [
@@ -1885,6 +2023,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         3 => (0_u8..6).prop_map(|rule| Step::Remove { rule }),
         3 => (0_u8..6, 0_u8..4).prop_map(|(rule, datapath)| Step::Datapath { rule, datapath }),
         2 => vec((any::<bool>(), any::<bool>()), 4).prop_map(Step::Targets),
+        2 => vec(0_u8..6, 1..4).prop_map(Step::Hops),
         3 => (0_u8..6, vec(0..OUTPUTS.len() as u8, 0..2), vec(0..OUTPUTS.len() as u8, 0..2))
             .prop_map(|(rule, add, delete)| Step::Amend { rule, add, delete }),
         2 => (0_u8..4).prop_map(|n| Step::Toggle { n }),
@@ -1960,6 +2099,19 @@ impl Supervisor {
                     })
                     .unzip();
                 self.state.apply(Event::Targets(Targets { refusals, hooks }));
+            }
+            Step::Hops(kinds) => {
+                let hop = |(host, kind)| match kind {
+                    0 => None,
+                    1 => Some((host, NextHop::Direct)),
+                    2 => Some((host, NextHop::NoRoute)),
+                    3 => Some((host, neighbour([10, 0, 0, 254], None, true))),
+                    4 => Some((host, neighbour([10, 0, 0, 254], None, false))),
+                    _ => Some((host, neighbour([10, 0, 0, 254], Some([2, 0, 0, 0, 9, kind]), false))),
+                };
+                let hosts = self.state.hosts().into_iter();
+                let hops = hosts.zip(kinds.into_iter().cycle()).filter_map(hop).collect();
+                self.state.apply(Event::NextHops(hops));
             }
             Step::JoinsDue => drop(self.state.apply(Event::JoinsDue)),
             Step::Fail { what } => {

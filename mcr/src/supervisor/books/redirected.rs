@@ -13,6 +13,7 @@ use crate::{
     rule::{InterfaceName, OutputSlot, RuleSlot},
     ruleset::Entry,
     supervisor::state::State,
+    worker::ledger::DropReason,
 };
 
 /// What an output has of the datagrams that the kernel sent on.
@@ -23,6 +24,29 @@ pub(super) struct OfOutput {
     pub totals: RedirectTotals,
 }
 
+/// What an output missed of its rule while it was none of the outputs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Missed {
+    /// Datagrams of the rule less those that it got, when that was last looked at. It wraps.
+    all: u64,
+    /// Those of them since it began for which there was no interface, and no neighbour.
+    pending: u64,
+    unreachable: u64,
+    /// There is no neighbour for those to come.
+    unreachable_now: bool,
+}
+
+impl Missed {
+    /// What is on its way may make it seem less than it was.
+    fn become_all(&mut self, all: u64) {
+        let new = all.wrapping_sub(self.all);
+        if new.cast_signed() > 0 {
+            self.all = all;
+            *(if self.unreachable_now { &mut self.unreachable } else { &mut self.pending }) += new;
+        }
+    }
+}
+
 /// Rules that the kernel serves, or once served, and what it counted of them.
 #[derive(Default)]
 pub(super) struct Redirected {
@@ -31,6 +55,7 @@ pub(super) struct Redirected {
     /// Nanoseconds since 1970 at which a rule was seen to have gone on last.
     seen_ns: HashMap<RuleSlot, u64>,
     outputs: HashMap<OutputSlot, OfOutput>,
+    missed: HashMap<OutputSlot, Missed>,
     /// What programs counted that are no longer attached, less what is not the output's own. It wraps.
     former: HashMap<OutputSlot, OfOutput>,
 }
@@ -48,6 +73,21 @@ impl Redirected {
 
     pub fn output(&self, slot: OutputSlot) -> OfOutput {
         self.outputs.get(&slot).copied().unwrap_or_default()
+    }
+
+    /// Begins anew to ask why an output misses what it does. If it goes on under another daemon, what it missed was
+    /// pending.
+    pub fn open(&mut self, slot: OutputSlot, goes_on: bool) {
+        let OfOutput { offered, totals } = self.output(slot);
+        let all = offered.wrapping_sub(totals.received);
+        let pending = if goes_on { all } else { 0 };
+        self.missed.insert(slot, Missed { all, pending, ..Missed::default() });
+    }
+
+    /// What an output missed: because its interface was not to be had, and because its neighbour was not.
+    pub fn missed(&self, slot: OutputSlot) -> [u64; 2] {
+        let missed = self.missed.get(&slot).copied().unwrap_or_default();
+        [missed.pending, missed.unreachable]
     }
 
     /// What is to be added to what the maps show of an output. It wraps.
@@ -74,6 +114,13 @@ impl Redirected {
         }
         for entry in state.rules().iter() {
             if self.rules.contains(&entry.slot) {
+                for (output, slot) in entry.outputs() {
+                    // What one missed until it came back has the reason that it then had.
+                    if let Some(reason) = state.redirect_withheld(output) {
+                        let missed = self.missed.entry(slot).or_default();
+                        missed.unreachable_now = reason == DropReason::Unreachable;
+                    }
+                }
                 self.look_up(entry, programs);
             }
         }
@@ -82,6 +129,8 @@ impl Redirected {
     /// Looks up what the kernel has counted of a rule.
     pub fn look_up(&mut self, entry: &Entry, programs: &Programs) {
         let Some(program) = programs.get(&entry.rule.input.interface) else { return };
+        // Read once more after what outputs got: what is on its way between the two they have not missed.
+        let Ok(earlier) = program.rule(entry.slot) else { return };
         let outputs: Vec<_> = entry
             .output_slots
             .iter()
@@ -89,8 +138,11 @@ impl Redirected {
             .collect();
         let Ok(counted) = program.rule(entry.slot) else { return };
         for (slot, totals) in outputs {
-            self.outputs
-                .insert(slot, sum(self.former(slot), OfOutput { offered: offered(&counted), totals }));
+            let former = self.former(slot);
+            let now = sum(former, OfOutput { offered: offered(&counted), totals });
+            self.outputs.insert(slot, now);
+            let all = former.offered.wrapping_add(offered(&earlier)).wrapping_sub(now.totals.received);
+            self.missed.entry(slot).or_default().become_all(all);
         }
         let before = self.counted.insert(entry.slot, counted);
         if before.is_some_and(|before| offered(&counted) > offered(&before)) {
