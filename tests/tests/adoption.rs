@@ -108,7 +108,8 @@ fn output(slot: u32, endpoint: &str) -> RedirectOutput {
     let mac = link["address"].as_str().unwrap().split(':');
     let mac: Vec<u8> = mac.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
     let egress = Egress {
-        mac: mac.try_into().unwrap(),
+        destination_mac: tests::frame::multicast_mac(output.destination),
+        source_mac: mac.try_into().unwrap(),
         address: link["addr_info"][0]["local"].as_str().unwrap().parse().unwrap(),
         port: PORT,
         mtu: link["mtu"].as_u64().unwrap() as u32,

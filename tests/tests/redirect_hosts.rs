@@ -24,6 +24,8 @@ const HOST: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 78, 0, 2), 6000);
 const TO_HOST: &str = "10.78.0.2:6000@out0";
 const TO: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 2, 2, 2), 6000);
 const TO_GROUP: &str = "239.2.2.2:6000@out0";
+/// Datagrams a second where a change is waited for: the capture has to hold what comes meanwhile.
+const RATE: u64 = 2_000;
 const BY_NAME: [&str; 2] = ["--datapath", "redirect"];
 const SILENT: &str = "10.78.0.2 does not answer ARP on out0";
 
@@ -183,11 +185,12 @@ fn check_lost_and_found(args: &[&str], meanwhile: &str, most_between: u64) {
     relay.wait_until_by("cam1", "redirect");
     site.segments[0].wait_until_joined(*GROUP.ip());
     let mut sink = site.capture(0);
-    let source = Source::start(site.source(), Stream { rate: 5_000, ..Stream::to(GROUP) });
+    let source = Source::start(site.source(), Stream { rate: RATE, ..Stream::to(GROUP) });
     source.wait_for_more(1_000);
     site.sinks[0].host.ip(&["addr del 10.78.0.2/24 dev eth0"]);
     let gone = Instant::now();
     wait_until("it is found out", patience, || {
+        sink.all();
         let output = relay.show("cam1").outputs.remove(0);
         output.health == Health::Pending && output.reason.as_deref() == Some(SILENT)
     });
@@ -272,9 +275,12 @@ fn entries_that_are_flushed_or_grow_old_move_no_rule() {
     relay.set("cam1", &["--datapath", "auto"]);
     site.segments[0].wait_until_joined(*GROUP.ip());
     let mut sinks = [site.capture(0), site.capture(1)];
-    let source = Source::start(site.source(), Stream { rate: 10_000, ..Stream::to(GROUP) });
+    let source = Source::start(site.source(), Stream { rate: RATE, ..Stream::to(GROUP) });
     let mut seen = Vec::new();
     wait_until("the kernel doubts and asks it, twice", Duration::from_secs(30), || {
+        for sink in &mut sinks {
+            sink.all();
+        }
         let now = state(&site, "10.78.0.2", "out0");
         if seen.last() != Some(&now) {
             seen.push(now);
@@ -308,7 +314,7 @@ fn check_other_mac(site: &Site, patience: Duration, most_between: u64) -> u64 {
     let former = mac(&site.sinks[0].host, ETH);
     let new: Mac = [2, 0, 0, 0, 0x78, 2];
     let mut sink = site.capture(0);
-    let source = Source::start(site.source(), Stream { rate: 5_000, ..Stream::to(GROUP) });
+    let source = Source::start(site.source(), Stream { rate: RATE, ..Stream::to(GROUP) });
     source.wait_for_more(1_000);
     site.sinks[0].host.ip(&["link set eth0 address 02:00:00:00:78:02"]);
     let changed = source.sent();
@@ -344,9 +350,9 @@ fn frames_follow_a_mac_that_is_announced() {
     let site = site();
     site.sinks[0].host.sysctl("ipv4/conf/eth0/arp_notify", "1");
     greet(&site);
-    // Looked at four times a second: at 5,000/s no more than half a second's, on a busy machine too.
+    // Looked at four times a second: no more than half a second's, on a busy machine too.
     let late = check_other_mac(&site, Duration::from_secs(2), 0);
-    assert!(late <= 2_500, "{late}");
+    assert!(late <= RATE / 2, "{late}");
 }
 
 #[test]
@@ -355,7 +361,7 @@ fn frames_follow_a_mac_that_is_not_announced_once_the_former_no_longer_answers()
     let patience = doubt_soon(&site);
     // Found out, then looked for anew within a second.
     let late = check_other_mac(&site, patience + Duration::from_secs(1), 20);
-    assert!(u128::from(late) <= 5 * patience.as_millis(), "{late}");
+    assert!(late <= RATE * patience.as_secs(), "{late}");
 }
 
 #[test]
@@ -404,7 +410,7 @@ fn a_host_is_sent_to_while_there_is_no_daemon_and_by_the_next() {
     relay.wait_until_by("cam1", "redirect");
     site.segments[0].wait_until_joined(*GROUP.ip());
     let mut sink = site.capture(0);
-    let source = Source::start(site.source(), Stream { rate: 5_000, ..Stream::to(GROUP) });
+    let source = Source::start(site.source(), Stream { rate: RATE, ..Stream::to(GROUP) });
     source.wait_for_more(1_000);
     relay.signal(Signal::SIGKILL);
     relay.wait(PATIENCE);

@@ -44,8 +44,8 @@ impl Daemon {
 
     pub fn rule_info(&self, entry: &Entry) -> RuleInfo {
         let rule = &entry.rule;
-        let datapath = self.state.datapath_of(rule);
-        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output, datapath)).collect();
+        let wanted = self.state.datapath_of(rule);
+        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output, wanted)).collect();
         let (health, reason) = match self.state.rule_problem(entry) {
             Some((Problem::Failed, why)) => (Health::Failed, Some(why)),
             Some((Problem::Waits, why)) => (Health::Pending, Some(why)),
