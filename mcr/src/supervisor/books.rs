@@ -291,10 +291,10 @@ impl Books {
             self.rule_rates.samples.remove(&entry.slot);
         }
         for slot in new_outputs {
-            let goes_on = self.inherited.outputs.remove(slot);
-            self.redirected.open(*slot, goes_on);
             let (mut base, mut kernel_base) = Default::default();
-            if !goes_on {
+            // Of one that goes on all that it missed under the daemon before was pending.
+            if !self.inherited.outputs.remove(slot) {
+                self.redirected.open(*slot);
                 (base, kernel_base) = (self.raw_output(*slot), self.redirected.output(*slot));
             }
             self.output_bases.insert(*slot, base);

@@ -75,13 +75,11 @@ impl Redirected {
         self.outputs.get(&slot).copied().unwrap_or_default()
     }
 
-    /// Begins anew to ask why an output misses what it does. If it goes on under another daemon, what it missed was
-    /// pending.
-    pub fn open(&mut self, slot: OutputSlot, goes_on: bool) {
+    /// Begins anew to ask why an output misses what it does.
+    pub fn open(&mut self, slot: OutputSlot) {
         let OfOutput { offered, totals } = self.output(slot);
         let all = offered.wrapping_sub(totals.received);
-        let pending = if goes_on { all } else { 0 };
-        self.missed.insert(slot, Missed { all, pending, ..Missed::default() });
+        self.missed.insert(slot, Missed { all, ..Missed::default() });
     }
 
     /// What an output missed: because its interface was not to be had, and because its neighbour was not.
