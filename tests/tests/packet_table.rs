@@ -370,6 +370,10 @@ impl Program {
         for (key, value) in flows() {
             map.insert(key, value, 0).expect("insert a flow");
         }
+        let mut source_flows: Array<_, u32> =
+            ebpf.map_mut(map::SOURCE_FLOWS).expect("their number").try_into().expect("an array");
+        let for_one_source = flows().iter().filter(|(key, _)| key.source != [0; 4]).count();
+        source_flows.set(0, for_one_source as u32, 0).expect("tell their number");
         set_up_redirect(&mut ebpf);
         let socket = (kind == Kind::Steering).then(af_xdp_socket);
         if let Some(socket) = &socket {

@@ -524,9 +524,9 @@ fn bpftool_shows_outputs_and_counters_by_name() {
         let path = pins.join(map);
         kernel.site.relay.json("bpftool", &["-j", "map", "dump", "pinned", path.to_str().unwrap()])
     };
-    let outputs = dump("mcr_outputs");
-    assert_eq!(outputs[0]["formatted"]["key"], json!(3));
-    let cpus = outputs[0]["formatted"]["values"].as_array().unwrap();
+    let outputs = dump("mcr_low_outputs");
+    assert_eq!(outputs[3]["formatted"]["key"], json!(3));
+    let cpus = outputs[3]["formatted"]["values"].as_array().unwrap();
     let sum = |field: &str| cpus.iter().map(|cpu| cpu["value"][field].as_u64().unwrap()).sum::<u64>();
     assert_eq!((sum("rewritten"), sum("rewritten_bytes"), sum("too_big")), (100, 10_000, 0));
     let records = dump("mcr_records");

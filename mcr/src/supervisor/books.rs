@@ -292,6 +292,7 @@ impl Books {
         }
         for slot in new_outputs {
             let (mut base, mut kernel_base) = Default::default();
+            // Of one that goes on all that it missed under the daemon before was pending.
             if !self.inherited.outputs.remove(slot) {
                 self.redirected.open(*slot);
                 (base, kernel_base) = (self.raw_output(*slot), self.redirected.output(*slot));

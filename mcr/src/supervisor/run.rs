@@ -473,9 +473,7 @@ impl Daemon {
                 if links != *self.state.links() {
                     self.log_changes(&links);
                     self.clear_socket_errors();
-                    // What outputs missed until now has the reason of until now.
-                    self.books.follow_redirected(&self.state, &self.programs);
-                    self.state.apply(Event::Links(links));
+                    self.apply(Event::Links(links));
                     // Another interface may have the name of one that took redirected frames.
                     let targets = self.ask_targets();
                     self.take(Event::Targets(targets)).await;
@@ -504,8 +502,6 @@ impl Daemon {
         match self.neighbours.next_hops(hosts, former).await {
             Ok(next_hops) if next_hops != *former => {
                 log_neighbours(former, &next_hops);
-                // What outputs missed until now has the reason of until now.
-                self.books.follow_redirected(&self.state, &self.programs);
                 Some(next_hops)
             }
             Ok(_) => None,
@@ -556,12 +552,21 @@ impl Daemon {
 
     /// Takes an event in and does what follows from it.
     async fn take(&mut self, event: Event) {
-        for effect in self.state.apply(event) {
+        for effect in self.apply(event) {
             if let Err(failure) = self.execute(&effect).await {
                 error!(?effect, ?failure, "failed");
             }
         }
         self.settle().await;
+    }
+
+    /// Takes an event in alone.
+    fn apply(&mut self, event: Event) -> Vec<Effect> {
+        if matches!(event, Event::Links(_) | Event::NextHops(_)) {
+            // What outputs missed until now has the reason of until now.
+            self.books.follow_redirected(&self.state, &self.programs);
+        }
+        self.state.apply(event)
     }
 
     /// Accounts for a worker that has ended, unless it was to end: another may have its id by now.
@@ -593,7 +598,7 @@ impl Daemon {
         if hosts.iter().any(|host| !self.state.next_hops().contains_key(host)) {
             // And where the hosts are that rules newly send to.
             if let Some(next_hops) = self.ask_next_hops(&hosts).await {
-                self.state.apply(Event::NextHops(next_hops));
+                self.apply(Event::NextHops(next_hops));
             }
             self.look_for_neighbours(false).await;
         }

@@ -23,7 +23,8 @@ use tests::{
 use super::{XDP_DROP, XDP_PASS, at, put, stay_on_one_cpu};
 
 const FAN: u32 = 9;
-const OUTPUT: u32 = 5;
+/// Beyond those that have counters in the array.
+const OUTPUT: u32 = abi::DEFAULT_MAX_RULES + 5;
 /// Without a context of its own a program runs on the loopback interface.
 const DEVICE: u32 = 1;
 

@@ -75,7 +75,7 @@ impl Redirected {
         self.outputs.get(&slot).copied().unwrap_or_default()
     }
 
-    /// Begins anew to ask why an output misses what it does. What one missed that goes on was pending.
+    /// Begins anew to ask why an output misses what it does.
     pub fn open(&mut self, slot: OutputSlot) {
         let OfOutput { offered, totals } = self.output(slot);
         let all = offered.wrapping_sub(totals.received);
