@@ -146,7 +146,8 @@ fn header_checksum_holds(ip: &[u8; IPV4_LEN]) -> bool {
     let mut sum = 0u32;
     let mut i = 0;
     while i < IPV4_LEN {
-        sum += u32::from(u16::from_be_bytes([ip[i], ip[i + 1]]));
+        // The sum knows no byte order.
+        sum += u32::from(u16::from_ne_bytes([ip[i], ip[i + 1]]));
         i += 2;
     }
     sum = (sum & 0xffff) + (sum >> 16);

@@ -38,12 +38,21 @@ impl Bytes for Frame<'_> {
 
     #[inline(always)]
     fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        const { assert!(N.is_multiple_of(2)) };
         if self.start + offset + N > self.end {
             return None;
         }
-        // SAFETY: the N bytes lie between data and data_end, as just checked (and as the verifier
-        // checks again); byte arrays have no alignment and no invalid values.
-        Some(unsafe { ((self.start + offset) as *const [u8; N]).read() })
+        let mut bytes = [0; N];
+        let mut at = 0;
+        while at < N {
+            // By words, which are half as many as bytes.
+            // SAFETY: the N bytes lie between data and data_end, as just checked (and as the verifier checks again). Frames
+            // start at even addresses, and the parser asks at even offsets.
+            let word = unsafe { ((self.start + offset + at) as *const u16).read() };
+            [bytes[at], bytes[at + 1]] = word.to_ne_bytes();
+            at += 2;
+        }
+        Some(bytes)
     }
 }
 

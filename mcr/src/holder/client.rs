@@ -54,7 +54,8 @@ impl Holder {
     /// `PermissionDenied` if the socket is another user's, `TimedOut` if the holder does not answer.
     pub fn find(pin_root: &Path) -> io::Result<Option<(Self, Held)>> {
         let socket = seqpacket()?;
-        match connect(socket.as_raw_fd(), &address(pin_root)?) {
+        let address = address(pin_root)?;
+        match channel::uninterrupted(|| connect(socket.as_raw_fd(), &address)) {
             Ok(()) => {}
             Err(Errno::ECONNREFUSED) => return Ok(None),
             Err(error) => return Err(error.into()),
@@ -92,7 +93,9 @@ impl Holder {
             .stderr(Stdio::null())
             .spawn()?;
         let mut holder = Self { socket: seqpacket()?, child: Some(child) };
-        let connected = connect(holder.socket.as_raw_fd(), &address(pin_root)?).map_err(io::Error::from);
+        let address = address(pin_root)?;
+        let connected = channel::uninterrupted(|| connect(holder.socket.as_raw_fd(), &address));
+        let connected = connected.map_err(io::Error::from);
         // It answers once it has confined itself.
         if let Err(error) = connected.and_then(|()| holder.take()) {
             let _ = holder.bury();
@@ -128,7 +131,7 @@ impl Holder {
     /// Whether it is still there: it says nothing unasked but that it is gone.
     pub fn lives(&self) -> bool {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+        matches!(channel::uninterrupted(|| poll(&mut fds, PollTimeout::ZERO)), Ok(0))
     }
 
     /// Has it drop everything and end, and waits until it has.

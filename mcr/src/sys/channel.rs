@@ -7,6 +7,7 @@ use std::{
 
 use nix::{
     cmsg_space,
+    errno::Errno,
     sys::socket::{
         AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
         socketpair,
@@ -28,14 +29,19 @@ pub fn send(socket: impl AsFd, message: &[u8], fds: &[&OwnedFd]) -> io::Result<(
     let raw: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control = if raw.is_empty() { &[][..] } else { &rights[..] };
-    sendmsg::<()>(
-        socket.as_fd().as_raw_fd(),
-        &[IoSlice::new(message)],
-        control,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )?;
+    let (fd, parts) = (socket.as_fd().as_raw_fd(), [IoSlice::new(message)]);
+    uninterrupted(|| sendmsg::<()>(fd, &parts, control, MsgFlags::MSG_NOSIGNAL, None))?;
     Ok(())
+}
+
+/// Calls again what a signal cut short: a call on a socket with a timeout is never resumed by itself.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            result => return result,
+        }
+    }
 }
 
 /// Receives one message; of length 0 if the other end is gone, `WouldBlock` if there is none.
@@ -43,7 +49,12 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<O
     let mut control = cmsg_space!([i32; MAX_FDS]);
     let mut parts = [IoSliceMut::new(buffer)];
     let fd = socket.as_fd().as_raw_fd();
-    let message = recvmsg::<()>(fd, &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = loop {
+        match recvmsg::<()>(fd, &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(Errno::EINTR) => {}
+            result => break result?,
+        }
+    };
     let mut fds = Vec::new();
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(raw) = part {
