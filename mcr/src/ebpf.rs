@@ -156,12 +156,8 @@ fn socket_filter(ebpf: &mut Ebpf) -> Result<&mut SocketFilter, ProgramError> {
 /// Removes the pins of one interface, whoever left them. What they held and nothing else holds is gone:
 /// a program is detached.
 pub fn clear_pins(pins: &Path) {
-    clear_pins_but(pins, None);
-}
-
-fn clear_pins_but(pins: &Path, kept: Option<&str>) {
     let Ok(entries) = fs::read_dir(pins) else { return };
-    for entry in entries.flatten().filter(|entry| kept.is_none_or(|kept| entry.file_name() != kept)) {
+    for entry in entries.flatten() {
         let _ = fs::remove_file(entry.path());
     }
     // It stays where something is left in it.

@@ -301,6 +301,23 @@ fn rules_of_iptables() {
 }
 
 #[test]
+fn policies_of_ipsec() {
+    Host::run(async |host| {
+        let reason = Some("IPsec has a policy for what is sent (ip xfrm policy)");
+        host.check("at first", None, None);
+        for (line, reason) in [
+            ("ip xfrm policy add dir in dst 10.2.0.2/32 action block", None),
+            ("ip xfrm policy add dir out dst fd00::2/128 action block", None),
+            ("ip xfrm policy add dir out dst 10.2.0.2/32 action block", reason),
+            ("ip xfrm policy delete dir out dst 10.2.0.2/32", None),
+        ] {
+            run(line);
+            host.check(line, reason, reason);
+        }
+    });
+}
+
+#[test]
 fn rules_of_legacy_iptables() {
     if !is_there("iptables-legacy") {
         eprintln!("skipped: no iptables-legacy");

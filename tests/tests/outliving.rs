@@ -14,7 +14,7 @@ use mcr_common::abi;
 use nix::{sys::signal::Signal, unistd::Pid};
 use serde_json::Value;
 use tests::{
-    Capture, Ground, Namespace, Relay, Site, Source, bpf, capture::assert_sequence, site::Plan,
+    Capture, Ground, Namespace, Process, Relay, Site, Source, bpf, capture::assert_sequence, site::Plan,
     source::Stream, wait::PATIENCE, wait_until,
 };
 
@@ -298,6 +298,52 @@ fn another_build_another_abi_and_other_sizes_take_over_without_a_gap() {
     arrived(&relay, "cam1", &mut [(first, TO), (second, OTHER_TO)], sent);
     relay.cli(&["stop"]).ok();
     all_is_gone(&site, &pins);
+}
+
+#[test]
+fn a_daemon_that_dies_while_it_takes_over_leaves_all_to_the_next() {
+    let site = site();
+    let mut relay = Relay::start(&site);
+    add(&relay, &site, "cam1", GROUP, &TO_BOTH);
+    let mut captures = [site.capture(0), site.capture(1)];
+    let source = play(&site, GROUP, 5_000);
+    // Each makes all its maps anew, for more rules or fewer, and is killed at some point of that.
+    for (max_rules, after) in (10..).zip((0..200).step_by(20)) {
+        kill(&mut relay);
+        let args = ["--max-rules", &max_rules.to_string()];
+        let mut short = Process::spawn(Relay::command(&site).args(args));
+        std::thread::sleep(Duration::from_millis(after));
+        short.signal(Signal::SIGKILL);
+        short.wait(PATIENCE);
+        relay.start_again(&site);
+        assert!(!relay.log().contains("cleared what a daemon before left: /"), "{}", relay.log());
+    }
+    let sent = source.stop();
+    wait_until("every datagram has come", PATIENCE, || captures[0].count(TO) as u64 == sent);
+    let [first, second] = &mut captures;
+    assert_sequence(&first.exactly(TO, sent as usize), 0..sent);
+    assert_sequence(&second.exactly(OTHER_TO, sent as usize), 0..sent);
+}
+
+#[test]
+fn without_a_journal_counters_begin_anew_and_balance() {
+    let site = site();
+    let path = file(&site, &rule("cam1", GROUP, &TO_BOTH));
+    let config = ["--config", path.to_str().unwrap()];
+    let mut relay = Relay::start_with(&site, &config);
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let source = play(&site, GROUP, 20_000);
+    for _ in 0..6 {
+        source.wait_for_more(4_000);
+        kill(&mut relay);
+        fs::remove_file(site.scratch.dir().join("mcr.sock.journal")).unwrap();
+        relay.start_again_with(&site, &config);
+    }
+    source.wait_for_more(4_000);
+    source.stop();
+    let stats = relay.balanced("cam1", relay.rule("cam1").matched);
+    assert!(stats.outputs.iter().all(|output| output.sent == stats.received), "{stats:?}");
+    assert!(relay.stats().alarms.is_empty(), "{:?}", relay.stats().alarms);
 }
 
 #[test]

@@ -533,7 +533,8 @@ fn bpftool_shows_outputs_and_counters_by_name() {
     let record = &records[6]["formatted"]["value"];
     assert_eq!(record["rewrite"]["destination"], json!([239, 2, 2, 1]));
     assert_eq!((&record["rewrite"]["ttl"], &record["output"]), (&json!(16), &json!(3)));
-    let chains = dump("mcr_chains");
-    assert_eq!(chains[0]["formatted"]["key"], json!({"fan": 2, "device": output.egress.0}));
+    let fans = dump("mcr_fans");
+    let fan = &fans[2]["formatted"]["values"][0]["value"];
+    assert_eq!((&fan["outputs"], &fan["device"]), (&json!(1), &json!(output.egress.0)));
     assert_eq!(dump("mcr_banks")[1]["formatted"]["value"], json!(1));
 }

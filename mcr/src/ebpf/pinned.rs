@@ -306,9 +306,9 @@ impl<'a> Pinned<'a> {
         let rewrite = self::program(&placement.pins, REWRITE);
         let mut former_rewrite = false;
         if !sets.is_empty() {
-            former_rewrite = tag(&mut steering, abi::REWRITE)? != rewrite?.tag;
+            former_rewrite = !is_ours(&mut steering, abi::REWRITE, &rewrite?)?;
         }
-        if tag(&mut steering, abi::PROGRAM)? != program.tag {
+        if !is_ours(&mut steering, abi::PROGRAM, &program)? {
             steering.replace(placement)?;
         }
         for queue in (0..placement.queues).map(QueueId) {
@@ -320,11 +320,11 @@ impl<'a> Pinned<'a> {
     }
 }
 
-/// The digest of one of this build's programs.
-fn tag(steering: &mut Steering, name: &str) -> Result<[u8; 8], Misfit> {
+/// Whether a program is that of this build, as the verifier lets this daemon have it.
+fn is_ours(steering: &mut Steering, name: &str, found: &Program) -> Result<bool, Misfit> {
     let program = steering.program(name).map_err(|error| Misfit::Load { why: error.to_string() })?;
     let program = bpf_object::program(program).map_err(|error| Misfit::Load { why: error.to_string() })?;
-    Ok(program.tag)
+    Ok((program.tag, program.verified_bytes) == (found.tag, found.verified_bytes))
 }
 
 fn open(path: &Path, kind: Kind) -> Result<OwnedFd, Misfit> {

@@ -23,7 +23,7 @@ use mcr_common::{
 };
 
 use super::{
-    AttachError, MapAccessError, Object, TracingLog, access, clear_pins, clear_pins_but, errno, last_words,
+    AttachError, MapAccessError, Object, TracingLog, access, clear_pins, errno, last_words,
     pinned::{self, Former, LINK, MARKS, Misfit, PROGRAM, REWRITE, mark},
     redirect::{Redirect, RedirectError, RedirectOutput, RedirectTotals, Sets},
     socket_filter, xdp,
@@ -159,9 +159,13 @@ impl Steering {
 
     /// As [`prepare`](Self::prepare), in the place of what this build cannot go on with: that works on by its own maps until
     /// [`attach`](Self::attach) replaces its program, in one step.
+    ///
+    /// Until then its pins are beside those of the former one, which stay: who is killed leaves these to the next.
     pub fn succeed(object: &Object, placement: &Placement<'_>, former: &Former) -> Result<Self, AttachError> {
-        clear_pins_but(&placement.pins, Some(LINK));
-        let mut steering = Self::make(object, placement)?;
+        // No interface has such a name.
+        let beside = placement.pins.with_file_name(format!("{}:next", placement.interface));
+        clear_pins(&beside);
+        let mut steering = Self::make(object, &Placement { pins: beside, ..placement.clone() })?;
         steering.generic = former.generic;
         steering.succeeds = true;
         Ok(steering)
@@ -248,8 +252,7 @@ impl Steering {
     /// no native XDP. In the place of a [former one](Self::succeed) it runs as that did.
     pub fn attach(&mut self, placement: &Placement<'_>, generic: bool) -> Result<(), AttachError> {
         if std::mem::take(&mut self.succeeds) {
-            // What cannot be succeeded goes: nothing is to run that nobody knows of.
-            self.replace(placement).inspect_err(|_| drop(fs::remove_file(self.pins.join(LINK))))?;
+            self.take_place(placement)?;
         } else {
             match self.attach_as(placement, XdpMode::Driver) {
                 Err(AttachError::NoNativeXdp { .. }) if generic => {
@@ -292,6 +295,28 @@ impl Steering {
         drop(program.take_link(replaced).map_err(unloaded(interface))?);
         let _ = fs::remove_file(&pin);
         program.pin(&pin).map_err(unpinned(pin.clone()))?;
+        self.link = Some(PinnedLink::from_pin(&link).map_err(unpinned(link))?);
+        Ok(())
+    }
+
+    /// Replaces a former program, and its pins.
+    fn take_place(&mut self, placement: &Placement<'_>) -> Result<(), AttachError> {
+        let moved = |from: &Path, to: &Path| {
+            fs::rename(from, to)
+                .map_err(|error| AttachError::Pin { path: to.to_owned(), why: error.to_string() })
+        };
+        let former = &placement.pins;
+        let taken = moved(&former.join(LINK), &self.pins.join(LINK)).and_then(|()| self.replace(placement));
+        // What cannot be succeeded goes too: nothing is to run that nobody knows of.
+        clear_pins(former);
+        if taken.is_err() {
+            let _ = fs::remove_file(self.pins.join(LINK));
+        }
+        self.link = None;
+        moved(&self.pins, former)?;
+        self.pins.clone_from(former);
+        taken?;
+        let link = self.pins.join(LINK);
         self.link = Some(PinnedLink::from_pin(&link).map_err(unpinned(link))?);
         Ok(())
     }

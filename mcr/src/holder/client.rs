@@ -35,6 +35,8 @@ pub struct Holder {
     socket: OwnedFd,
     /// If this daemon started it.
     child: Option<Child>,
+    /// It is this user's, or root's.
+    trusted: bool,
 }
 
 /// What a holder had when a daemon came.
@@ -61,11 +63,12 @@ impl Holder {
             Err(error) => return Err(error.into()),
         }
         let uid = Uid::from_raw(getsockopt(&socket, sockopt::PeerCredentials)?.uid());
-        if !uid.is_root() && uid != geteuid() {
+        if !uid.is_root() && !geteuid().is_root() && uid != geteuid() {
             let why = format!("the holder's socket is user {uid}'s");
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
-        let holder = Self { socket, child: None };
+        let trusted = uid.is_root() || uid == geteuid();
+        let holder = Self { socket, child: None, trusted };
         match holder.take() {
             Ok(held) => Ok(Some((holder, held))),
             // It held nothing any more, and has ended.
@@ -92,7 +95,7 @@ impl Holder {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        let mut holder = Self { socket: seqpacket()?, child: Some(child) };
+        let mut holder = Self { socket: seqpacket()?, child: Some(child), trusted: true };
         let address = address(pin_root)?;
         let connected = channel::uninterrupted(|| connect(holder.socket.as_raw_fd(), &address));
         let connected = connected.map_err(io::Error::from);
@@ -102,6 +105,11 @@ impl Holder {
             return Err(error);
         }
         Ok(holder)
+    }
+
+    /// Whether it may be given anything: one of another user is good for what it gives.
+    pub fn is_trusted(&self) -> bool {
+        self.trusted
     }
 
     /// Hands a socket over.

@@ -19,12 +19,13 @@ mod cgroup;
 mod legacy_iptables;
 mod nftables;
 mod tc;
+mod xfrm;
 
 const RTNLGRP_TC: u32 = 4;
 const NFNLGRP_NFTABLES: u32 = 7;
 
 /// Reads egress hooks, and hears of changes of those that netlink speaks of: nftables (and so `iptables-nft`), qdiscs and
-/// tc filters; and of interfaces that take redirected frames, or no longer. Of tcx programs, cgroup programs and legacy iptables nothing is heard: they are to be read from time
+/// tc filters; and of interfaces that take redirected frames, or no longer. Of tcx programs, cgroup programs, IPsec and legacy iptables nothing is heard: they are to be read from time
 /// to time.
 #[derive(Debug)]
 pub struct EgressHooks {
@@ -65,6 +66,7 @@ impl EgressHooks {
         };
         let of_all = of_all
             .or_else(|| reason("iptables (legacy)", self.legacy.rules()))
+            .or_else(|| reason("IPsec", xfrm::policies()))
             .or_else(|| reason("the programs of mcr's cgroup", cgroup::programs()));
         let queueing = known("the qdiscs", tc::qdiscs());
         let of_one = |name: &InterfaceName, index| {

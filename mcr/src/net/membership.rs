@@ -86,7 +86,12 @@ impl Memberships {
         if let Some((holder, held)) = Holder::find(pin_root)? {
             let before = Before::from(&held);
             memberships.adopt(held)?;
-            memberships.hand_over(holder, before)?;
+            if holder.is_trusted() {
+                memberships.hand_over(holder, before)?;
+            } else {
+                // The next one is this user's.
+                holder.end()?;
+            }
         }
         Ok(memberships)
     }

@@ -1,6 +1,6 @@
 //! What a daemon that is gone left in the kernel: gone on with where this one can, cleared away where it cannot.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use mcr_common::flow::action;
 use tokio::time::sleep;
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     ebpf::{self, Adopted, Carried, Steering, Unfit},
-    net::{links::LinkWatch, membership::Memberships},
+    net::links::LinkWatch,
     rule::{InterfaceName, RuleSlot},
 };
 
@@ -24,13 +24,7 @@ const DETACHING: Duration = Duration::from_secs(1);
 impl Daemon {
     /// Takes over what was left, or clears it away; before there are rules. `offsets` are those of the daemon before.
     pub async fn inherit(&mut self, namespace: &Namespace, links: &LinkWatch, offsets: &[Offsets]) {
-        match Memberships::kept(&self.settings.pin_root, Path::new("/proc/self/exe")) {
-            Ok(kept) => {
-                self.state.inherit_memberships(kept.held());
-                self.kept = kept;
-            }
-            Err(error) => warn!("memberships of redirected rules will end with the daemon: {error}"),
-        }
+        self.state.inherit_memberships(self.kept.held());
         let mut cleared = Vec::new();
         for pins in namespace.leftovers() {
             let name = pins.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());

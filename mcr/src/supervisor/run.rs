@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -147,7 +147,10 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         lock.give_to(&owner)?;
         namespace.give_to(&owner)?;
     }
-    // While root may still open what tells of legacy iptables.
+    // While root may still call a holder that is another user's.
+    let kept = Memberships::kept(&settings.pin_root, Path::new("/proc/self/exe"))
+        .inspect_err(|error| warn!("memberships of redirected rules will end with the daemon: {error}"));
+    // And open what tells of legacy iptables.
     let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}"));
     let hooks = hooks.ok().map(Arc::new);
     if let Err(error) = privileges::step_down(account.as_ref()) {
@@ -195,7 +198,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         object,
         neighbours,
         memberships: Memberships::default(),
-        kept: Memberships::default(),
+        kept: kept.unwrap_or_default(),
         formers: BTreeMap::new(),
         holder_failure: None,
         pins: namespace.pins.clone(),

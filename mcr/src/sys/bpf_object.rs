@@ -69,6 +69,8 @@ pub struct Program {
     pub id: u32,
     /// A digest of its instructions.
     pub tag: [u8; 8],
+    /// Bytes that the verifier made of them: more where it fences them.
+    pub verified_bytes: u32,
     pub maps: Vec<u32>,
 }
 
@@ -79,6 +81,7 @@ struct ProgramInfo {
     kind: u32,
     id: u32,
     tag: [u8; 8],
+    /// As machine code, and as verified.
     lengths: [u32; 2],
     instructions: [u64; 2],
     load_time: u64,
@@ -126,7 +129,8 @@ pub fn program(program: impl AsFd) -> io::Result<Program> {
         ..ProgramInfo::default()
     };
     info(&program, &mut answer)?;
-    Ok(Program { id: answer.id, tag: answer.tag, maps })
+    let [_, verified_bytes] = answer.lengths;
+    Ok(Program { id: answer.id, tag: answer.tag, verified_bytes, maps })
 }
 
 /// `union bpf_attr` for `BPF_OBJ_GET_INFO_BY_FD`.

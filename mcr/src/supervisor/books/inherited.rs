@@ -46,15 +46,25 @@ pub(super) struct Inherited {
 }
 
 impl Counted {
-    /// What the maps of a rule that is sent on show now.
+    /// What the maps of a rule that is sent on show now. Of several looks the one at which the least was on its way:
+    /// what is taken for a beginning must not have what is counted a moment later.
     pub fn read(steering: &Steering, inheritance: &Inheritance, slot: RuleSlot) -> Option<Self> {
+        const LOOKS: usize = 16;
+        let looks = (0..LOOKS).filter_map(|_| Self::look(steering, inheritance, slot));
+        looks.min_by_key(|(on_its_way, _)| *on_its_way).map(|(_, counted)| counted)
+    }
+
+    /// One look, with how many datagrams came in between or are not accounted for.
+    fn look(steering: &Steering, inheritance: &Inheritance, slot: RuleSlot) -> Option<(u64, Self)> {
+        let before = steering.rule(slot).ok()?;
         let outputs = inheritance.sets.get(&slot).into_iter().flatten();
-        let outputs = outputs
+        let outputs: Vec<_> = outputs
             .map(|output| Some((output.slot, steering.redirected(slot, output.slot).ok()?)))
             .collect::<Option<_>>()?;
-        // A datagram that is just being counted looks as if it had gone to a worker; it never does twice.
-        let looks = (0..3).filter_map(|_| steering.rule(slot).ok());
-        Some(Self { slot, rule: looks.min_by_key(steered_of)?, outputs })
+        let rule = steering.rule(slot).ok()?;
+        let skipped: u64 = outputs.iter().map(|(_, totals)| totals.skipped()).sum();
+        let came = super::redirected::offered(&rule) - super::redirected::offered(&before);
+        Some((came + skipped + steered_of(&rule), Self { slot, rule, outputs }))
     }
 }
 
@@ -76,6 +86,9 @@ impl Books {
             }
             self.former_rules.insert(*slot, offset);
             self.redirected.begin(*slot);
+            if super::redirected::offered(&shown) > 0 {
+                self.redirected.saw(*slot);
+            }
             self.inherited.rules.insert(*slot);
             for (output, totals) in outputs {
                 let now = OfOutput { offered: super::redirected::offered(rule), totals: *totals };

@@ -144,9 +144,14 @@ impl Redirected {
         }
         let before = self.counted.insert(entry.slot, counted);
         if before.is_some_and(|before| offered(&counted) > offered(&before)) {
-            let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-            self.seen_ns.insert(entry.slot, now.as_nanos() as u64);
+            self.saw(entry.slot);
         }
+    }
+
+    /// A rule has gone on; at the latest now.
+    pub fn saw(&mut self, slot: RuleSlot) {
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        self.seen_ns.insert(slot, now.as_nanos() as u64);
     }
 
     /// Keeps what a program counted that is about to be detached.
