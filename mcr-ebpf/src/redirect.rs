@@ -143,7 +143,7 @@ impl Outcome {
 /// Counts at an output.
 #[inline(always)]
 fn count_output(slot: u32, outcome: Outcome) {
-    let counters = LOW_OUTPUTS.get_ptr_mut(slot).or_else(|| OUTPUTS.get_ptr_mut(&slot));
+    let counters = LOW_OUTPUTS.get_ptr_mut(slot).or_else(|| OUTPUTS.get_ptr_mut(slot));
     kernel::update_at(counters, |output| outcome.add_to(output));
 }
 
