@@ -116,6 +116,8 @@ impl Books {
                     OfOutput { offered: 0, totals: before.map(|(_, totals)| *totals).unwrap_or_default() };
                 let gained = sum(OfOutput { offered, totals: *totals }, before.negated());
                 self.redirected.set_former(*output, sum(self.redirected.former(*output), gained));
+                // The look before may have met datagrams on their way.
+                self.redirected.forget_missed(*output);
             }
         }
     }

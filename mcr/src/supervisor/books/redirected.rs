@@ -88,6 +88,11 @@ impl Redirected {
         [missed.pending, missed.unreachable]
     }
 
+    /// Asks anew what an output has missed, of which all was pending.
+    pub fn forget_missed(&mut self, slot: OutputSlot) {
+        self.missed.remove(&slot);
+    }
+
     /// What is to be added to what the maps show of an output. It wraps.
     pub fn former(&self, slot: OutputSlot) -> OfOutput {
         self.former.get(&slot).copied().unwrap_or_default()
