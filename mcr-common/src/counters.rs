@@ -24,6 +24,69 @@ pub struct RuleCounters {
     pub redirect_bytes: u64,
 }
 
+impl RuleCounters {
+    /// How many there are.
+    pub const COUNT: usize = 8;
+
+    /// The counters, in the order of the fields.
+    pub const fn to_words(self) -> [u64; Self::COUNT] {
+        let Self {
+            matched,
+            matched_bytes,
+            no_worker,
+            looped,
+            redirected,
+            no_output,
+            not_redirected,
+            redirect_bytes,
+        } = self;
+        [matched, matched_bytes, no_worker, looped, redirected, no_output, not_redirected, redirect_bytes]
+    }
+
+    pub const fn from_words(words: [u64; Self::COUNT]) -> Self {
+        let [
+            matched,
+            matched_bytes,
+            no_worker,
+            looped,
+            redirected,
+            no_output,
+            not_redirected,
+            redirect_bytes,
+        ] = words;
+        Self {
+            matched,
+            matched_bytes,
+            no_worker,
+            looped,
+            redirected,
+            no_output,
+            not_redirected,
+            redirect_bytes,
+        }
+    }
+
+    /// The sum, counter by counter. It wraps.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self::from_words(add_words(self.to_words(), other.to_words()))
+    }
+
+    /// The difference, counter by counter. It wraps.
+    #[must_use]
+    pub fn minus(self, other: Self) -> Self {
+        self.plus(Self::from_words(other.to_words().map(u64::wrapping_neg)))
+    }
+}
+
+/// The sum of each two. It wraps.
+pub fn add_words<const N: usize>(mut words: [u64; N], others: [u64; N]) -> [u64; N] {
+    for (word, other) in words.iter_mut().zip(others) {
+        *word = word.wrapping_add(other);
+    }
+    words
+}
+
 /// Counters of one output that the kernel itself serves.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,7 +193,7 @@ impl Verdicts {
     }
 }
 
-const _: () = assert!(size_of::<RuleCounters>() == 8 * 8);
+const _: () = assert!(size_of::<RuleCounters>() == RuleCounters::COUNT * 8);
 const _: () = assert!(size_of::<QueueCounters>() == 8);
 const _: () = assert!(size_of::<OutputCounters>() == 4 * 8);
 const _: () = assert!(size_of::<Verdicts>() == Verdicts::COUNT * 8);

@@ -13,8 +13,8 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use mcr_common::{
-    abi::{self, map, verdicts_of},
-    counters::{RuleCounters, Verdicts},
+    abi::{self, map},
+    counters::RuleCounters,
     flow::{FlowKey4, FlowValue},
 };
 use thiserror::Error;
@@ -22,7 +22,7 @@ use thiserror::Error;
 use super::{
     AttachError, MapAccessError, Object, Placement, Steering,
     redirect::{Redirect, RedirectError, RedirectOutput, RedirectTotals, Sets},
-    steering::{Maps, rule_counters, verdict_counters},
+    steering::{Maps, rule_counters},
 };
 use crate::{
     rule::{IfIndex, InterfaceName, QueueId, RuleSlot},
@@ -114,7 +114,6 @@ impl Former {
 struct FormerMaps {
     flows: Option<HashMap<MapData, FlowKey4, FlowValue>>,
     rules: Option<PerCpuArray<MapData, RuleCounters>>,
-    verdicts: Option<PerCpuArray<MapData, Verdicts>>,
     redirect: Option<Redirect>,
 }
 
@@ -126,8 +125,6 @@ pub struct Carried {
     pub rules: BTreeMap<RuleSlot, RuleCounters>,
     /// The outputs that were in use.
     pub outputs: Vec<CarriedOutput>,
-    /// By [`verdicts_of`].
-    pub verdicts: Vec<[(&'static str, u64); Verdicts::COUNT]>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -363,7 +360,6 @@ impl FormerMaps {
         Self {
             flows: maps.take(map::FLOWS_V4).ok(),
             rules: maps.take(map::RULES).ok(),
-            verdicts: maps.take(map::VERDICTS).ok(),
             redirect: Redirect::take(&mut maps, placement.max_rules).ok(),
         }
     }
@@ -385,10 +381,6 @@ impl FormerMaps {
         if let Some(rules) = &self.rules {
             let slots = carried.flows.iter().map(|(_, flow)| RuleSlot(flow.rule));
             carried.rules = slots.filter_map(|slot| Some((slot, rule_counters(rules, slot).ok()?))).collect();
-        }
-        if let Some(verdicts) = &self.verdicts {
-            let of = 0..verdicts_of::COUNT as u32;
-            carried.verdicts = of.filter_map(|of| verdict_counters(verdicts, of).ok()).collect();
         }
         carried
     }

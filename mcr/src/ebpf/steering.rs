@@ -428,7 +428,13 @@ impl Steering {
 
     /// What a program, one of [`abi::verdicts_of`], made of the interface's frames, by name.
     pub fn verdicts(&self, of: u32) -> Result<[(&'static str, u64); Verdicts::COUNT], MapAccessError> {
-        verdict_counters(&self.verdicts, of)
+        let mut sum = Verdicts::default().named();
+        for cpu in self.verdicts.get(&of, 0).map_err(access(map::VERDICTS, "read"))?.iter() {
+            for (total, (_, count)) in sum.iter_mut().zip(cpu.named()) {
+                total.1 += count;
+            }
+        }
+        Ok(sum)
     }
 
     /// The program's own log, if the object was built with it.
@@ -456,31 +462,8 @@ pub(super) fn rule_counters(
     rules: &PerCpuArray<MapData, RuleCounters>,
     slot: RuleSlot,
 ) -> Result<RuleCounters, MapAccessError> {
-    let mut sum = RuleCounters::default();
-    for cpu in rules.get(&slot.0, 0).map_err(access(map::RULES, "read"))?.iter() {
-        sum.matched += cpu.matched;
-        sum.matched_bytes += cpu.matched_bytes;
-        sum.no_worker += cpu.no_worker;
-        sum.looped += cpu.looped;
-        sum.redirected += cpu.redirected;
-        sum.no_output += cpu.no_output;
-        sum.not_redirected += cpu.not_redirected;
-        sum.redirect_bytes += cpu.redirect_bytes;
-    }
-    Ok(sum)
-}
-
-pub(super) fn verdict_counters(
-    verdicts: &PerCpuArray<MapData, Verdicts>,
-    of: u32,
-) -> Result<[(&'static str, u64); Verdicts::COUNT], MapAccessError> {
-    let mut sum = Verdicts::default().named();
-    for cpu in verdicts.get(&of, 0).map_err(access(map::VERDICTS, "read"))?.iter() {
-        for (total, (_, count)) in sum.iter_mut().zip(cpu.named()) {
-            total.1 += count;
-        }
-    }
-    Ok(sum)
+    let cpus = rules.get(&slot.0, 0).map_err(access(map::RULES, "read"))?;
+    Ok(cpus.iter().fold(RuleCounters::default(), |sum, cpu| sum.plus(*cpu)))
 }
 
 /// A loader with the maps' sizes.

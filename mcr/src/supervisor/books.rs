@@ -221,18 +221,6 @@ fn verdicts_of(datapath: Datapath) -> u32 {
     if datapath == Datapath::AfPacket { verdicts_of::FILTER } else { verdicts_of::XDP }
 }
 
-/// Offsets among them wrap.
-fn add_rule(sum: &mut RuleCounters, counters: &RuleCounters) {
-    let add = |sum: &mut u64, count: u64| *sum = sum.wrapping_add(count);
-    add(&mut sum.matched, counters.matched);
-    add(&mut sum.no_worker, counters.no_worker);
-    add(&mut sum.looped, counters.looped);
-    add(&mut sum.redirected, counters.redirected);
-    add(&mut sum.no_output, counters.no_output);
-    add(&mut sum.not_redirected, counters.not_redirected);
-    add(&mut sum.redirect_bytes, counters.redirect_bytes);
-}
-
 /// Datagrams of a rule that went on to its workers.
 fn steered_of(counters: &RuleCounters) -> u64 {
     let RuleCounters { no_worker, looped, redirected, no_output, not_redirected, .. } = counters;
@@ -359,7 +347,7 @@ impl Books {
     ) -> Option<RuleCounters> {
         let mut totals = self.former_rules.get(&slot).copied().unwrap_or_default();
         if let Some(program) = programs.get(interface) {
-            add_rule(&mut totals, &program.rule(slot).ok()?);
+            totals = totals.plus(program.rule(slot).ok()?);
         }
         Some(totals)
     }
@@ -627,7 +615,8 @@ impl Books {
         let Some(program) = programs.get(interface) else { return };
         for (slot, _) in self.tenants.iter().filter(|(_, tenant)| tenant.interface == *interface) {
             if let Ok(counters) = program.rule(*slot) {
-                add_rule(self.former_rules.entry(*slot).or_default(), &counters);
+                let former = self.former_rules.entry(*slot).or_default();
+                *former = former.plus(counters);
             }
         }
         for datapath in [Datapath::AfXdp, Datapath::AfPacket] {

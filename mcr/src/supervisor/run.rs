@@ -116,10 +116,10 @@ pub struct Daemon {
     memberships: Memberships,
     /// Those that are to outlive the daemon.
     pub kept: Memberships,
-    /// Programs that ours are to succeed, with what they had counted when they were taken over.
-    pub formers: BTreeMap<InterfaceName, (Former, Vec<Counted>)>,
     /// Why these would not, if they would not.
     holder_failure: Option<String>,
+    /// Programs that ours are to succeed, with what they had counted when they were taken over.
+    pub formers: BTreeMap<InterfaceName, (Former, Vec<Counted>)>,
     pins: PathBuf,
     events: mpsc::UnboundedSender<Event>,
     ends: mpsc::UnboundedSender<End>,

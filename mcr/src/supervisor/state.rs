@@ -674,7 +674,10 @@ impl State {
 
     /// The slots of rules that go on when the daemon ends.
     fn kept_slots(&self) -> BTreeSet<RuleSlot> {
-        self.redirected().filter(|_| self.keeps).map(|entry| entry.slot).collect()
+        if !self.keeps {
+            return BTreeSet::new();
+        }
+        self.redirected().map(|entry| entry.slot).collect()
     }
 
     /// The flows that stay when the daemon ends: those of rules that go on, and what bars their loops.

@@ -6,13 +6,13 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use mcr_common::counters::{OutputCounters, RuleCounters};
+use mcr_common::counters::RuleCounters;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Books, add_rule,
-    redirected::{OfOutput, sum},
-    steered_of,
+    Books,
+    redirected::{OfOutput, offered},
+    steered_of, verdicts_of,
 };
 use crate::{
     ebpf::{RedirectTotals, Steering},
@@ -26,7 +26,7 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub struct Offsets {
     slot: u32,
-    rule: [u64; 8],
+    rule: [u64; RuleCounters::COUNT],
     outputs: Vec<(u32, [u64; 6])>,
 }
 
@@ -50,8 +50,17 @@ impl Counted {
     /// what is taken for a beginning must not have what is counted a moment later.
     pub fn read(steering: &Steering, inheritance: &Inheritance, slot: RuleSlot) -> Option<Self> {
         const LOOKS: usize = 16;
-        let looks = (0..LOOKS).filter_map(|_| Self::look(steering, inheritance, slot));
-        looks.min_by_key(|(on_its_way, _)| *on_its_way).map(|(_, counted)| counted)
+        let mut best: Option<(u64, Self)> = None;
+        for _ in 0..LOOKS {
+            let look = Self::look(steering, inheritance, slot)?;
+            if best.as_ref().is_none_or(|(least, _)| look.0 < *least) {
+                best = Some(look);
+            }
+            if matches!(best, Some((0, _))) {
+                break;
+            }
+        }
+        best.map(|(_, counted)| counted)
     }
 
     /// One look, with how many datagrams came in between or are not accounted for.
@@ -63,7 +72,7 @@ impl Counted {
             .collect::<Option<_>>()?;
         let rule = steering.rule(slot).ok()?;
         let skipped: u64 = outputs.iter().map(|(_, totals)| totals.skipped()).sum();
-        let came = super::redirected::offered(&rule) - super::redirected::offered(&before);
+        let came = offered(&rule) - offered(&before);
         Some((came + skipped + steered_of(&rule), Self { slot, rule, outputs }))
     }
 }
@@ -76,26 +85,27 @@ impl Books {
             offsets.iter().map(|offsets| (RuleSlot(offsets.slot), offsets)).collect();
         for Counted { slot, rule, outputs } in counted {
             let known = offsets.get(slot);
-            let mut offset = known.map_or(less(&RuleCounters::default(), rule), |known| rule_of(known.rule));
-            let mut shown = offset;
-            add_rule(&mut shown, rule);
+            let anew = RuleCounters::default().minus(*rule);
+            let mut offset = known.map_or(anew, |known| RuleCounters::from_words(known.rule));
+            let shown = offset.plus(*rule);
             // What went to workers was in their ledgers, and is gone with them.
             offset.matched = offset.matched.wrapping_sub(steered_of(&shown));
             if !ours {
-                add_rule(&mut offset, rule);
+                offset = offset.plus(*rule);
             }
             self.former_rules.insert(*slot, offset);
             self.redirected.begin(*slot);
-            if super::redirected::offered(&shown) > 0 {
+            if offered(&shown) > 0 {
                 self.redirected.saw(*slot);
             }
             self.inherited.rules.insert(*slot);
             for (output, totals) in outputs {
-                let now = OfOutput { offered: super::redirected::offered(rule), totals: *totals };
+                let now = OfOutput { offered: offered(rule), totals: *totals };
                 let known = known.and_then(|known| known.outputs.iter().find(|(slot, _)| *slot == output.0));
-                let mut offset = known.map_or(now.negated(), |(_, words)| OfOutput::from_words(*words));
+                let anew = OfOutput::default().minus(now);
+                let mut offset = known.map_or(anew, |(_, words)| OfOutput::from_words(*words));
                 if !ours {
-                    offset = sum(offset, now);
+                    offset = offset.plus(now);
                 }
                 self.redirected.set_former(*output, offset);
                 self.inherited.outputs.insert(*output);
@@ -107,15 +117,15 @@ impl Books {
     pub fn carry(&mut self, before: &[Counted], now: &[Counted]) {
         for Counted { slot, rule, outputs } in now {
             let Some(known) = before.iter().find(|known| known.slot == *slot) else { continue };
-            let gained = less(rule, &known.rule);
-            add_rule(self.former_rules.entry(*slot).or_default(), &gained);
-            let offered = super::redirected::offered(&gained);
+            let gained = rule.minus(known.rule);
+            let former = self.former_rules.entry(*slot).or_default();
+            *former = former.plus(gained);
             for (output, totals) in outputs {
                 let before = known.outputs.iter().find(|(slot, _)| slot == output);
-                let before =
-                    OfOutput { offered: 0, totals: before.map(|(_, totals)| *totals).unwrap_or_default() };
-                let gained = sum(OfOutput { offered, totals: *totals }, before.negated());
-                self.redirected.set_former(*output, sum(self.redirected.former(*output), gained));
+                let before = before.map(|(_, totals)| *totals).unwrap_or_default();
+                let gained = OfOutput { offered: offered(&gained), totals: *totals }
+                    .minus(OfOutput { offered: 0, totals: before });
+                self.redirected.set_former(*output, self.redirected.former(*output).plus(gained));
                 // The look before may have met datagrams on their way.
                 self.redirected.forget_missed(*output);
             }
@@ -125,7 +135,7 @@ impl Books {
     /// Takes off what the sockets of a daemon that is gone were given: nothing tells any more what became of it.
     pub fn begin_sockets(&mut self, interface: &InterfaceName, steering: &Steering) {
         for datapath in [Datapath::AfXdp, Datapath::AfPacket] {
-            let verdicts = steering.verdicts(super::verdicts_of(datapath)).unwrap_or_default();
+            let verdicts = steering.verdicts(verdicts_of(datapath)).unwrap_or_default();
             let steered = verdicts.iter().find(|(name, _)| *name == "steered").map_or(0, |(_, count)| *count);
             self.steered_bases.insert((interface.clone(), datapath), steered);
         }
@@ -148,9 +158,9 @@ impl Books {
             let former = self.former_rules.get(&entry.slot).copied().unwrap_or_default();
             let output = |slot: &OutputSlot| {
                 let base = self.kernel_output_bases.get(slot).copied().unwrap_or_default();
-                (slot.0, sum(self.redirected.former(*slot), base.negated()).to_words())
+                (slot.0, self.redirected.former(*slot).minus(base).to_words())
             };
-            let rule = words_of(&less(&former, &tenant.kernel_base));
+            let rule = former.minus(tenant.kernel_base).to_words();
             Some(Offsets {
                 slot: entry.slot.0,
                 rule,
@@ -158,56 +168,5 @@ impl Books {
             })
         };
         redirected.filter_map(of).collect()
-    }
-}
-
-fn less(one: &RuleCounters, other: &RuleCounters) -> RuleCounters {
-    let (mut words, other) = (words_of(one), words_of(other));
-    words.iter_mut().zip(other).for_each(|(word, other)| *word = word.wrapping_sub(other));
-    rule_of(words)
-}
-
-fn words_of(counters: &RuleCounters) -> [u64; 8] {
-    let RuleCounters {
-        matched,
-        matched_bytes,
-        no_worker,
-        looped,
-        redirected,
-        no_output,
-        not_redirected,
-        redirect_bytes,
-    } = *counters;
-    [matched, matched_bytes, no_worker, looped, redirected, no_output, not_redirected, redirect_bytes]
-}
-
-fn rule_of(words: [u64; 8]) -> RuleCounters {
-    let [matched, matched_bytes, no_worker, looped, redirected, no_output, not_redirected, redirect_bytes] =
-        words;
-    RuleCounters {
-        matched,
-        matched_bytes,
-        no_worker,
-        looped,
-        redirected,
-        no_output,
-        not_redirected,
-        redirect_bytes,
-    }
-}
-
-impl OfOutput {
-    fn to_words(self) -> [u64; 6] {
-        let OutputCounters { rewritten, rewritten_bytes, too_big, ttl_expired } = self.totals.counters;
-        [self.offered, self.totals.received, rewritten, rewritten_bytes, too_big, ttl_expired]
-    }
-
-    fn from_words([offered, received, rewritten, rewritten_bytes, too_big, ttl_expired]: [u64; 6]) -> Self {
-        let counters = OutputCounters { rewritten, rewritten_bytes, too_big, ttl_expired };
-        Self { offered, totals: RedirectTotals { received, counters } }
-    }
-
-    fn negated(self) -> Self {
-        Self::from_words(self.to_words().map(u64::wrapping_neg))
     }
 }

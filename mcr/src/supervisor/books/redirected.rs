@@ -5,7 +5,7 @@ use std::{
     time::SystemTime,
 };
 
-use mcr_common::counters::RuleCounters;
+use mcr_common::counters::{OutputCounters, RuleCounters, add_words};
 
 use super::Programs;
 use crate::{
@@ -22,6 +22,30 @@ pub(super) struct OfOutput {
     /// Datagrams of its rule, whether or not it was among the outputs at the time.
     pub offered: u64,
     pub totals: RedirectTotals,
+}
+
+impl OfOutput {
+    pub fn to_words(self) -> [u64; 6] {
+        let OutputCounters { rewritten, rewritten_bytes, too_big, ttl_expired } = self.totals.counters;
+        [self.offered, self.totals.received, rewritten, rewritten_bytes, too_big, ttl_expired]
+    }
+
+    pub fn from_words(
+        [offered, received, rewritten, rewritten_bytes, too_big, ttl_expired]: [u64; 6],
+    ) -> Self {
+        let counters = OutputCounters { rewritten, rewritten_bytes, too_big, ttl_expired };
+        Self { offered, totals: RedirectTotals { received, counters } }
+    }
+
+    /// The sum, counter by counter. It wraps.
+    pub fn plus(self, other: Self) -> Self {
+        Self::from_words(add_words(self.to_words(), other.to_words()))
+    }
+
+    /// The difference, counter by counter. It wraps.
+    pub fn minus(self, other: Self) -> Self {
+        self.plus(Self::from_words(other.to_words().map(u64::wrapping_neg)))
+    }
 }
 
 /// What an output missed of its rule while it was none of the outputs.
@@ -142,7 +166,7 @@ impl Redirected {
         let Ok(counted) = program.rule(entry.slot) else { return };
         for (slot, totals) in outputs {
             let former = self.former(slot);
-            let now = sum(former, OfOutput { offered: offered(&counted), totals });
+            let now = former.plus(OfOutput { offered: offered(&counted), totals });
             self.outputs.insert(slot, now);
             let all = former.offered.wrapping_add(offered(&earlier)).wrapping_sub(now.totals.received);
             self.missed.entry(slot).or_default().become_all(all);
@@ -171,17 +195,4 @@ impl Redirected {
             self.counted.remove(&entry.slot);
         }
     }
-}
-
-/// Offsets among them wrap.
-pub(super) fn sum(mut one: OfOutput, other: OfOutput) -> OfOutput {
-    let add = |sum: &mut u64, count: u64| *sum = sum.wrapping_add(count);
-    add(&mut one.offered, other.offered);
-    add(&mut one.totals.received, other.totals.received);
-    let (sum, counters) = (&mut one.totals.counters, other.totals.counters);
-    add(&mut sum.rewritten, counters.rewritten);
-    add(&mut sum.rewritten_bytes, counters.rewritten_bytes);
-    add(&mut sum.too_big, counters.too_big);
-    add(&mut sum.ttl_expired, counters.ttl_expired);
-    one
 }
