@@ -24,7 +24,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::api::client::ClientError;
+use crate::{api::client::ClientError, sys::service_manager::stderr_is_journal};
 
 /// Multicast relay for Linux.
 #[derive(Debug, Parser)]
@@ -81,7 +81,9 @@ fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<ReaderGone>() {
         return ExitCode::SUCCESS;
     }
-    let _ = writeln!(io::stderr(), "mcr: {}", text::one_line(&format!("{error:#}")));
+    // The level of an error, as the journal has it.
+    let level = if stderr_is_journal() { "<3>" } else { "" };
+    let _ = writeln!(io::stderr(), "{level}mcr: {}", text::one_line(&format!("{error:#}")));
     match error.downcast_ref() {
         Some(ClientError::NoDaemon { .. }) => ExitCode::from(3),
         _ => ExitCode::FAILURE,

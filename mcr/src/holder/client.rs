@@ -24,7 +24,10 @@ use nix::{
 };
 
 use super::{Answer, Ask, MAX_PACKET_BYTES, MEMBERSHIPS_AT_ONCE};
-use crate::{net::membership::Membership, sys::channel};
+use crate::{
+    net::membership::Membership,
+    sys::{channel, service_manager},
+};
 
 /// How long the holder may take to answer or to take what it is told, in seconds.
 const PATIENCE_S: i64 = 2;
@@ -86,7 +89,9 @@ impl Holder {
         let listener = seqpacket()?;
         bind(listener.as_raw_fd(), &address(pin_root)?)?;
         listen(&listener, Backlog::new(1)?)?;
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        service_manager::hide_from(&mut command);
+        let child = command
             .arg0("mcr")
             .arg("hold")
             .arg(pin_root)

@@ -1,4 +1,5 @@
-//! The holder: a tiny process that keeps a daemon's memberships while there is no daemon.
+//! The holder: a tiny process that keeps a daemon's memberships while there is no daemon, where no service manager's
+//! descriptor store does.
 //!
 //! When the last socket that joined a group closes, the kernel leaves, and a snooping switch cuts the stream. So the sockets
 //! are in two processes: the daemon joins and leaves by them, and the holder does nothing but have them. It has no
@@ -6,6 +7,7 @@
 
 pub mod client;
 pub mod process;
+pub mod store;
 
 use std::net::Ipv4Addr;
 

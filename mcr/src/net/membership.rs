@@ -8,16 +8,21 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::Ipv4Addr,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
+use tracing::warn;
 
+use super::joined::joined;
 use crate::{
-    holder::client::{Held, Holder},
+    holder::{
+        client::{Held, Holder},
+        store::{self, Store},
+    },
     rule::IfIndex,
-    sys::multicast,
+    sys::{multicast, service_manager::ServiceManager},
 };
 
 /// What is joined on an interface.
@@ -47,7 +52,7 @@ pub struct Memberships {
     held: BTreeMap<Membership, u32>,
     /// The number of the next socket.
     next: u32,
-    /// Where these memberships are to outlive the daemon, and the process that sees to it, once there are any.
+    /// How these memberships are to outlive the daemon, if they are.
     keeping: Option<Keeping>,
 }
 
@@ -56,7 +61,24 @@ struct Keeping {
     pin_root: PathBuf,
     /// mcr.
     program: PathBuf,
-    holder: Option<Holder>,
+    /// A store that is of use, or a holder once there are any memberships.
+    keeper: Option<Keeper>,
+}
+
+/// Who has the sockets beside the daemon.
+#[derive(Debug)]
+enum Keeper {
+    Holder(Holder),
+    Store(Store),
+}
+
+/// The service manager's descriptor store.
+#[derive(Debug, Default)]
+pub struct Stored {
+    /// Where descriptors may be stored: with whom, and how many.
+    pub store: Option<(ServiceManager, usize)>,
+    /// What the service manager has passed, by name.
+    pub passed: Vec<(String, OwnedFd)>,
 }
 
 /// What a holder had when it was found.
@@ -73,6 +95,48 @@ impl From<&Held> for Before {
     }
 }
 
+impl Keeper {
+    fn open(&mut self, socket: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
+        match self {
+            Self::Holder(holder) => holder.open(socket, fd),
+            Self::Store(store) => store.open(socket, fd),
+        }
+    }
+
+    fn close(&mut self, socket: u32) -> io::Result<()> {
+        match self {
+            Self::Holder(holder) => holder.close(socket),
+            Self::Store(store) => store.close(socket),
+        }
+    }
+
+    /// Before they are joined, so that none is ever unknown. Those of stored sockets the kernel knows.
+    fn add(&self, memberships: &[Membership]) -> io::Result<()> {
+        match self {
+            Self::Holder(holder) => holder.add(memberships),
+            Self::Store(_) => Ok(()),
+        }
+    }
+
+    /// After it was left.
+    fn remove(&self, membership: Membership) -> io::Result<()> {
+        match self {
+            Self::Holder(holder) => holder.remove(membership),
+            Self::Store(_) => Ok(()),
+        }
+    }
+
+    /// One that is of no use takes nothing with it.
+    fn give_up(self, error: &io::Error) {
+        match self {
+            Self::Holder(mut deaf) => drop(deaf.bury()),
+            Self::Store(_) => warn!(
+                "the service manager's descriptor store is of no use, a process keeps memberships instead: {error}"
+            ),
+        }
+    }
+}
+
 impl Memberships {
     /// Memberships that outlive the daemon, and those that the daemon before had: of these nothing was left in between, and
     /// they stay until they are left. To be called in the network namespace; `program` is mcr.
@@ -80,18 +144,44 @@ impl Memberships {
     /// # Errors
     ///
     /// Where there is a holder that cannot be taken over.
-    pub fn kept(pin_root: &Path, program: &Path) -> io::Result<Self> {
-        let keeping = Keeping { pin_root: pin_root.to_owned(), program: program.to_owned(), holder: None };
+    pub fn kept(pin_root: &Path, program: &Path, Stored { store, passed }: Stored) -> io::Result<Self> {
+        let keeping = Keeping { pin_root: pin_root.to_owned(), program: program.to_owned(), keeper: None };
         let mut memberships = Self { keeping: Some(keeping), ..Self::default() };
-        if let Some((holder, held)) = Holder::find(pin_root)? {
-            let before = Before::from(&held);
-            memberships.adopt(held)?;
-            if holder.is_trusted() {
-                memberships.hand_over(holder, before)?;
-            } else {
-                // The next one is this user's.
-                holder.end()?;
+        let mut sockets = store::sockets(passed);
+        let stored: Vec<_> = sockets.iter().map(|(number, _)| *number).collect();
+        let here = multicast::netns_cookie(&silent_socket()?)?;
+        // One of another namespace has joined nothing in this one.
+        sockets.retain(|(_, socket)| multicast::netns_cookie(socket).is_ok_and(|cookie| cookie == here));
+        if !sockets.is_empty() {
+            memberships.adopt(Held { sockets, memberships: joined()?.into_iter().collect() })?;
+        }
+        let found = Holder::find(pin_root)?;
+        let before = found.as_ref().map(|(_, held)| Before::from(held)).unwrap_or_default();
+        let holder = match found {
+            Some((holder, held)) => {
+                memberships.adopt(held)?;
+                Some(holder)
             }
+            None => None,
+        };
+        if let Some((manager, size)) = store {
+            let store = Keeper::Store(Store::new(manager, size, stored.iter().copied()));
+            let of_store = Before { sockets: stored.into_iter().collect(), memberships: Vec::new() };
+            match memberships.hand_over(store, of_store) {
+                Ok(()) => {
+                    holder.map_or(Ok(()), Holder::end)?;
+                    return Ok(memberships);
+                }
+                Err((store, error)) => store.give_up(&error),
+            }
+        }
+        match holder {
+            Some(holder) if holder.is_trusted() => {
+                memberships.hand_over(Keeper::Holder(holder), before).map_err(|(_, error)| error)?;
+            }
+            // The next one is this user's.
+            Some(holder) => holder.end()?,
+            None => {}
         }
         Ok(memberships)
     }
@@ -101,46 +191,52 @@ impl Memberships {
         self.held.keys().copied()
     }
 
-    /// Has a holder if and only if there is anything to hold: starts one where there is none any more, and ends one that is
-    /// needed no more. To be called after changes, and now and then.
+    /// Has a holder if and only if there is anything to hold and no store that does: starts one where there is none any more,
+    /// and ends one that is needed no more. To be called after changes, and now and then.
     ///
     /// # Errors
     ///
     /// Where the memberships would end with the daemon. They hold as long as it lives.
     pub fn tend(&mut self) -> io::Result<()> {
         let Some(keeping) = &mut self.keeping else { return Ok(()) };
-        if let Some(mut dead) = keeping.holder.take_if(|holder| !holder.lives()) {
-            let _ = dead.bury();
-        }
-        match keeping.holder.take() {
-            Some(holder) if self.held.is_empty() => holder.end(),
-            None if !self.held.is_empty() => {
-                let found = Holder::find(&keeping.pin_root)?;
-                let (holder, before) = match found {
-                    // It was slow to listen.
-                    Some((holder, held)) => (holder, Before::from(&held)),
-                    None => (Holder::start(&keeping.pin_root, &keeping.program)?, Before::default()),
-                };
-                self.hand_over(holder, before)
+        match keeping.keeper.take() {
+            Some(Keeper::Holder(mut dead)) if !dead.lives() => drop(dead.bury()),
+            Some(Keeper::Holder(holder)) if self.held.is_empty() => return holder.end(),
+            Some(keeper) => {
+                keeping.keeper = Some(keeper);
+                return Ok(());
             }
-            holder => {
-                keeping.holder = holder;
-                Ok(())
-            }
+            None => {}
         }
+        if self.held.is_empty() {
+            return Ok(());
+        }
+        let (holder, before) = match Holder::find(&keeping.pin_root)? {
+            // It was slow to listen.
+            Some((holder, held)) => (holder, Before::from(&held)),
+            None => (Holder::start(&keeping.pin_root, &keeping.program)?, Before::default()),
+        };
+        self.hand_over(Keeper::Holder(holder), before).map_err(|(_, error)| error)
     }
 
     /// Leaves everything, and ends the holder. Without it, what is kept stays joined.
     pub fn release(self) -> io::Result<()> {
-        let holder = self.keeping.and_then(|keeping| keeping.holder);
-        holder.map_or(Ok(()), Holder::end)
+        match self.keeping.and_then(|keeping| keeping.keeper) {
+            Some(Keeper::Holder(holder)) => holder.end(),
+            Some(Keeper::Store(mut store)) => store.end(),
+            None => Ok(()),
+        }
     }
 
     /// Takes sockets with what they have joined, of which the kernel has the last word.
     fn adopt(&mut self, Held { sockets, memberships }: Held) -> io::Result<()> {
-        let mut open: BTreeSet<_> = memberships.into_iter().collect();
+        let known = |membership: &Membership| self.held.contains_key(membership);
+        let mut open: BTreeSet<_> = memberships.into_iter().filter(|new| !known(new)).collect();
         for (number, socket) in sockets {
-            self.next = self.next.max(number + 1);
+            // A holder and a store may have given different sockets the same number.
+            let taken = self.any_source.contains_key(&number) || self.one_source.contains_key(&number);
+            let number = if taken { self.next } else { number };
+            self.next = self.next.max(number.saturating_add(1));
             let socket = Socket::from(socket);
             let mut has = Vec::new();
             for membership in &open {
@@ -158,29 +254,37 @@ impl Memberships {
         Ok(())
     }
 
-    /// Gives a holder all there is, and takes what it had before and is no more.
-    fn hand_over(&mut self, holder: Holder, before: Before) -> io::Result<()> {
-        let held: Vec<_> = self.held().collect();
-        holder.add(&held)?;
-        let mut gone = before.sockets;
-        for (number, member) in self.any_source.iter().chain(&self.one_source) {
-            holder.open(*number, member.socket.as_fd())?;
-            gone.remove(number);
+    /// Gives a keeper all there is, and takes what it had before and is no more. One that fails is given back.
+    fn hand_over(&mut self, mut keeper: Keeper, before: Before) -> Result<(), (Keeper, io::Error)> {
+        if let Err(error) = self.hand_over_to(&mut keeper, before) {
+            return Err((keeper, error));
         }
-        gone.into_iter().try_for_each(|number| holder.close(number))?;
-        let left = before.memberships.into_iter().filter(|membership| !self.held.contains_key(membership));
-        left.into_iter().try_for_each(|membership| holder.remove(membership))?;
         if let Some(keeping) = &mut self.keeping {
-            keeping.holder = Some(holder);
+            keeping.keeper = Some(keeper);
         }
         Ok(())
     }
 
-    /// Tells the holder, if there is one. One that does not listen is given up, and [`tend`](Self::tend) says so.
-    fn tell(&mut self, word: impl FnOnce(&Holder) -> io::Result<()>) {
+    fn hand_over_to(&self, keeper: &mut Keeper, before: Before) -> io::Result<()> {
+        let held: Vec<_> = self.held().collect();
+        keeper.add(&held)?;
+        let mut gone = before.sockets;
+        for (number, member) in self.any_source.iter().chain(&self.one_source) {
+            keeper.open(*number, member.socket.as_fd())?;
+            gone.remove(number);
+        }
+        gone.into_iter().try_for_each(|number| keeper.close(number))?;
+        let left = before.memberships.into_iter().filter(|membership| !self.held.contains_key(membership));
+        left.into_iter().try_for_each(|membership| keeper.remove(membership))
+    }
+
+    /// Tells the keeper, if there is one. One that does not listen is given up, and [`tend`](Self::tend) finds another.
+    fn tell(&mut self, word: impl FnOnce(&mut Keeper) -> io::Result<()>) {
         let Some(keeping) = &mut self.keeping else { return };
-        if let Some(mut deaf) = keeping.holder.take_if(|holder| word(holder).is_err()) {
-            let _ = deaf.bury();
+        let Some(mut keeper) = keeping.keeper.take() else { return };
+        match word(&mut keeper) {
+            Ok(()) => keeping.keeper = Some(keeper),
+            Err(error) => keeper.give_up(&error),
         }
     }
 
@@ -189,12 +293,11 @@ impl Memberships {
         if self.held.contains_key(&membership) {
             return Ok(());
         }
-        // Before it is joined, so that none is ever unknown.
-        self.tell(|holder| holder.add(&[membership]));
+        self.tell(|keeper| keeper.add(&[membership]));
         let joined = self.join_by_any(membership);
         match joined {
             Ok(number) => drop(self.held.insert(membership, number)),
-            Err(_) => self.tell(|holder| holder.remove(membership)),
+            Err(_) => self.tell(|keeper| keeper.remove(membership)),
         }
         joined.map(|_| ())
     }
@@ -216,9 +319,9 @@ impl Memberships {
         }
         let socket = silent_socket()?;
         let number = self.next;
-        self.tell(|holder| holder.open(number, socket.as_fd()));
+        self.tell(|keeper| keeper.open(number, socket.as_fd()));
         if let Err(error) = multicast::join(&socket, &membership) {
-            self.tell(|holder| holder.close(number));
+            self.tell(|keeper| keeper.close(number));
             return Err(error);
         }
         self.next += 1;
@@ -241,9 +344,9 @@ impl Memberships {
         if closed {
             pool.remove(&number);
         }
-        self.tell(|holder| {
-            holder.remove(membership)?;
-            if closed { holder.close(number) } else { Ok(()) }
+        self.tell(|keeper| {
+            keeper.remove(membership)?;
+            if closed { keeper.close(number) } else { Ok(()) }
         });
         left.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) })
     }

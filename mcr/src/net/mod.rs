@@ -4,6 +4,7 @@ use futures_util::{FutureExt, Stream, StreamExt};
 
 pub mod egress_hooks;
 pub mod egress_socket;
+pub mod joined;
 pub mod links;
 pub mod losses;
 pub mod membership;

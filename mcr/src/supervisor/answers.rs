@@ -298,6 +298,26 @@ impl Daemon {
         }
     }
 
+    /// How things are, in a line for the service manager.
+    pub fn status_line(&self) -> String {
+        let healths: Vec<_> = self.state.rules().iter().map(|entry| self.rule_info(entry).health).collect();
+        let count = |health| healths.iter().filter(|&&other| other == health).count();
+        let of = |health, what| Some(count(health)).filter(|&n| n > 0).map(|n| format!(", {n} {what}"));
+        let [pending, failed] =
+            [(Health::Pending, "pending"), (Health::Failed, "failed")].map(|(health, what)| of(health, what));
+        let received: f64 = self.state.rules().iter().map(|entry| self.books.rule_rates.get(&entry.slot)).sum();
+        let refused = self.configuration.refused.as_ref().map(|why| format!("; the last reload was refused: {why}"));
+        format!(
+            "{} of {} rules active{}{}; {}/s received{}",
+            count(Health::Active),
+            healths.len(),
+            pending.unwrap_or_default(),
+            failed.unwrap_or_default(),
+            wire::count(received.round() as u64),
+            refused.unwrap_or_default().replace('\n', " "),
+        )
+    }
+
     /// What is wrong with what is to outlive the daemon, or waits for the operator.
     fn configuration_problems(&self) -> Vec<wire::Problem> {
         let problem = |what: String, next: &str| wire::Problem { what, next: next.to_owned() };

@@ -130,8 +130,13 @@ impl Daemon {
     }
 
     pub async fn load_config(&mut self, load: ConfigLoad) -> Answer {
-        let outcome = self.load(&load.sources, load.dry_run, load.confirm_within_s).await?;
-        json(&outcome)
+        if load.dry_run {
+            return json(&self.load(&load.sources, true, None).await?);
+        }
+        self.service.reloading();
+        let outcome = self.load(&load.sources, false, load.confirm_within_s).await;
+        self.service.ready(self.status_line());
+        json(&outcome?)
     }
 
     /// Reads the daemon's own files again, as on SIGHUP.
@@ -140,6 +145,7 @@ impl Daemon {
             warn!("asked to reload, but the daemon was started without --config: nothing to do");
             return;
         };
+        self.service.reloading();
         let sources = config::gather(&file).map_err(|error| refused(one_line(&error)));
         let outcome = match sources {
             Ok(sources) => self.load(&sources, false, None).await,
@@ -150,6 +156,7 @@ impl Daemon {
             error!("the configuration was not reloaded, all goes on as it was: {why}");
             self.configuration.refused = Some(why.to_string());
         }
+        self.service.ready(self.status_line());
     }
 
     /// Loads files as a whole or not at all.

@@ -2,11 +2,24 @@
 
 use std::io;
 
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::{
-    EnvFilter, Registry, fmt, layer::SubscriberExt, reload, reload::Handle, util::SubscriberInitExt,
+    EnvFilter, Registry,
+    fmt::{
+        self, FmtContext, FormatEvent, FormatFields,
+        format::{Format, Full, Writer},
+    },
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    reload,
+    reload::Handle,
+    util::SubscriberInitExt,
 };
 
-use crate::supervisor::settings::{LogFormat, LogLevel};
+use crate::{
+    supervisor::settings::{LogFormat, LogLevel},
+    sys::service_manager::stderr_is_journal,
+};
 
 /// Sets the level.
 pub struct LogControl(Handle<EnvFilter, Registry>);
@@ -16,6 +29,11 @@ pub fn start(format: LogFormat, level: LogLevel) -> LogControl {
     let (filter, handle) = reload::Layer::new(filter(level));
     let registry = tracing_subscriber::registry().with(filter);
     match format {
+        LogFormat::Text if stderr_is_journal() => {
+            let lines = Format::default().without_time().with_ansi(false).with_level(false).with_target(false);
+            let lines = fmt::layer().with_ansi(false).event_format(Journal(lines));
+            registry.with(lines.with_writer(io::stderr)).init();
+        }
         LogFormat::Text => {
             let ansi = io::IsTerminal::is_terminal(&io::stderr());
             registry.with(fmt::layer().with_target(false).with_ansi(ansi).with_writer(io::stderr)).init();
@@ -25,6 +43,31 @@ pub fn start(format: LogFormat, level: LogLevel) -> LogControl {
         }
     }
     LogControl(handle)
+}
+
+/// Lines as the journal takes them: the level in front, as sd-daemon(3) numbers it, and the time left to the journal.
+struct Journal(Format<Full, ()>);
+
+impl<S, N> FormatEvent<S, N> for Journal
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut line: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        let number = match *event.metadata().level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            Level::DEBUG | Level::TRACE => 7,
+        };
+        write!(line, "<{number}>")?;
+        self.0.format_event(context, line, event)
+    }
 }
 
 /// The libraries' own lines are of interest only when they warn.

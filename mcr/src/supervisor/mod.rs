@@ -14,13 +14,17 @@ mod inheritance;
 pub mod journal;
 mod log;
 mod run;
+mod service;
 pub mod settings;
 pub mod state;
 mod worker_process;
 
 use std::path::PathBuf;
 
+use anyhow::Context;
+
 use crate::config::{Config, Source, options::Options};
+use service::Service;
 use settings::Settings;
 
 /// How a daemon was called.
@@ -41,10 +45,13 @@ pub struct Launch {
 /// What keeps the daemon from starting, in one line: what, why, what to do. A daemon that has started
 /// ends with an error only if it cannot go on.
 pub fn run(launch: Launch, config: Config) -> anyhow::Result<()> {
+    // Before anything is opened that stays open.
+    let (service, stored) = Service::of_environment();
     let settings = Settings::from(launch.options.clone().or(config.options.clone()));
     let log = log::start(settings.log_format, settings.log_level);
+    let service = service.context("NOTIFY_SOCKET, where the service manager listens")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let outcome = runtime.block_on(run::run(launch, settings, config, log));
+    let outcome = runtime.block_on(run::run(launch, settings, config, log, (service, stored)));
     runtime.shutdown_background();
     outcome
 }

@@ -14,7 +14,7 @@ use nix::unistd::{AccessFlags, access, geteuid};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, mpsc},
-    time::{MissedTickBehavior, interval, sleep},
+    time::{Interval, MissedTickBehavior, interval, sleep},
 };
 use tracing::{debug, error, info, warn};
 
@@ -31,7 +31,7 @@ use crate::{
         egress_hooks::EgressHooks,
         egress_socket::{self, SourcePort},
         links::{LinkWatch, Links},
-        membership::{Membership, Memberships},
+        membership::{Membership, Memberships, Stored},
         neighbours::{Host, NeighbourWatch, NextHop, NextHops},
         packet_socket::PacketSocket,
         redirect_target::takes_redirects,
@@ -48,6 +48,7 @@ use crate::{
         host::{self, Namespace},
         journal::Journal,
         log::LogControl,
+        service::Service,
         settings::Settings,
         state::{Limits, State},
         worker_process::{self, End, WorkerProcess},
@@ -97,6 +98,7 @@ pub struct Daemon {
     pub alarms: BTreeMap<Subject, Alarm>,
     pub devices: Devices,
     pub log: LogControl,
+    pub service: Service,
     pub since: SystemTime,
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
     pub packet_sockets: BTreeMap<WorkerId, PacketIngress>,
@@ -130,7 +132,13 @@ pub struct Daemon {
 }
 
 /// The daemon's life.
-pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogControl) -> anyhow::Result<()> {
+pub async fn run(
+    launch: Launch,
+    settings: Settings,
+    config: Config,
+    log: LogControl,
+    (service, stored): (Service, Stored),
+) -> anyhow::Result<()> {
     host::check_capabilities()?;
     let group = settings.group.as_deref().map(privileges::group).transpose()?;
     let account = settings.user.as_deref().map(|user| Account::of(user, group)).transpose()?;
@@ -147,8 +155,14 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         lock.give_to(&owner)?;
         namespace.give_to(&owner)?;
     }
+    if service.is_managed() && stored.store.is_none() {
+        warn!(
+            "the service manager keeps no descriptors (FileDescriptorStoreMax=): memberships of redirected rules outlive the \
+             daemon by a process, which KillMode=process spares alone"
+        );
+    }
     // While root may still call a holder that is another user's.
-    let kept = Memberships::kept(&settings.pin_root, Path::new("/proc/self/exe"))
+    let kept = Memberships::kept(&settings.pin_root, Path::new("/proc/self/exe"), stored)
         .inspect_err(|error| warn!("memberships of redirected rules will end with the daemon: {error}"));
     // And open what tells of legacy iptables.
     let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}"));
@@ -185,6 +199,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         state: State::new(limits),
         programs: Programs::new(),
         log,
+        service,
         since: SystemTime::now(),
         workers: BTreeMap::new(),
         packet_sockets: BTreeMap::new(),
@@ -316,6 +331,7 @@ impl Daemon {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
+        let mut restart = signal(SignalKind::user_defined1())?;
         let (calls, mut called) = mpsc::channel(CALLS);
         let server_end = Arc::new(Notify::new());
         let ending = Arc::clone(&server_end);
@@ -335,12 +351,20 @@ impl Daemon {
         neighbours.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let stop = Arc::clone(&self.stop);
         let hooks = self.hooks.clone();
+        let mut beats = self.service.watchdog.map(|within| interval(within / 2));
 
         self.read_links(&links).await;
         self.settle().await;
+        self.service.ready(self.status_line());
         loop {
             tokio::select! {
+                () = beat(beats.as_mut()) => self.service.lives(),
                 _ = terminate.recv() => { info!("SIGTERM: ending"); break }
+                _ = restart.recv() => {
+                    info!("SIGUSR1: ending, and what is redirected goes on");
+                    self.keeps = true;
+                    break
+                }
                 _ = interrupt.recv() => { info!("SIGINT: ending"); break }
                 _ = hangup.recv() => { info!("SIGHUP: reloading"); self.reload().await }
                 () = overdue(self.configuration.unconfirmed.as_ref().map(|load| load.until)) => {
@@ -381,6 +405,9 @@ impl Daemon {
                     }
                     self.read_next_hops().await;
                     self.look_for_neighbours(false).await;
+                    if self.service.is_managed() {
+                        self.service.says(self.status_line());
+                    }
                 }
                 _ = quarter.tick() => {
                     if self.neighbours.is_stale() {
@@ -396,6 +423,7 @@ impl Daemon {
             }
         }
 
+        self.service.stopping();
         server_end.notify_one();
         // Calls that are under way are dropped, which answers that the daemon is ending.
         loop {
@@ -999,6 +1027,14 @@ fn join_refused(Membership { group, source, .. }: &Membership, error: &io::Error
 async fn hooks_changed(hooks: Option<&EgressHooks>) {
     match hooks {
         Some(hooks) => hooks.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns when the service manager is to be shown that this loop does not hang.
+async fn beat(beats: Option<&mut Interval>) {
+    match beats {
+        Some(beats) => drop(beats.tick().await),
         None => std::future::pending().await,
     }
 }

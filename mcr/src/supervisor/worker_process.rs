@@ -22,7 +22,7 @@ use tokio::{
 use crate::{
     rule::QueueId,
     supervisor::event::WorkerId,
-    sys::channel,
+    sys::{channel, service_manager},
     worker::protocol::{Command, CompiledRule, MAX_PACKET_BYTES, Report, Setup},
 };
 
@@ -79,7 +79,9 @@ impl WorkerProcess {
     /// Spawns a worker. It exists from now on, though it may be of no use: [`set_up`](Self::set_up) tells.
     pub fn spawn(id: &WorkerId, ends: mpsc::UnboundedSender<End>) -> Result<Self, WorkerError> {
         let (ours, theirs) = channel::pair().map_err(WorkerError::Spawn)?;
-        let mut child = Process::new("/proc/self/exe")
+        let mut command = Process::new("/proc/self/exe");
+        service_manager::hide_from(command.as_std_mut());
+        let mut child = command
             .arg0("mcr")
             .args(["worker", &id.to_string()])
             .stdin(Stdio::from(theirs))

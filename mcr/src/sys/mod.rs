@@ -13,5 +13,6 @@ pub mod netdev;
 pub mod netlink;
 pub mod privileges;
 pub mod seccomp;
+pub mod service_manager;
 pub mod socket_option;
 pub mod whole_file;

@@ -184,7 +184,7 @@ fn pin(cpu: u32) -> nix::Result<()> {
 
 /// The supervisor decides when its processes end, also where a terminal or a service manager signals all.
 pub(crate) fn ignore_signals() -> nix::Result<()> {
-    for ignored in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+    for ignored in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGUSR1] {
         // SAFETY: ignoring a signal runs no code of ours.
         unsafe { signal(ignored, SigHandler::SigIgn)? };
     }
