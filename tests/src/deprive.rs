@@ -31,6 +31,9 @@ pub fn without_capabilities(command: &mut Command, capabilities: &'static [libc:
 /// at its strictest.
 pub const DOCUMENTED: &[libc::c_ulong] = &[CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_BPF];
 
+/// All that mcr documents that it uses.
+pub const ALL: &[libc::c_ulong] = &[CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK, CAP_PERFMON, CAP_BPF];
+
 /// The ordinary user that tests become.
 pub const NOBODY: u32 = 65_534;
 

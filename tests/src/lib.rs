@@ -15,9 +15,11 @@ pub mod namespace;
 pub mod process;
 pub mod relay;
 pub mod scratch;
+pub mod service_manager;
 pub mod site;
 pub mod source;
 pub mod traffic;
+pub mod unit;
 pub mod usage;
 pub mod wait;
 
@@ -29,9 +31,11 @@ pub use crate::{
     process::{Answer, Process},
     relay::Relay,
     scratch::Scratch,
+    service_manager::ServiceManager,
     site::Site,
     source::Source,
     traffic::{Generator, Receiver},
+    unit::Unit,
     usage::Usage,
     wait::{wait_for, wait_until},
 };

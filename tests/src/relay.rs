@@ -132,8 +132,14 @@ impl<'a> Relay<'a> {
     /// As [`Self::start_again`], with further arguments of `mcr run`.
     #[track_caller]
     pub fn start_again_with(&mut self, site: &Site, args: &[&str]) {
+        self.start_again_by(Self::command(site).args(args));
+    }
+
+    /// As [`Self::start_again`], by a command made from [`Self::command`].
+    #[track_caller]
+    pub fn start_again_by(&mut self, command: &mut Command) {
         assert!(self.daemon.ended().is_some(), "the daemon still runs");
-        self.daemon = Process::spawn(Self::command(site).args(args));
+        self.daemon = Process::spawn(command);
         self.wait_until_ready();
     }
 

@@ -19,7 +19,7 @@ use mcr::{
         redirect::{RedirectOutput, RedirectTotals},
     },
     holder::client::Holder,
-    net::membership::{Membership, Memberships},
+    net::membership::{Membership, Memberships, Stored},
     rule::{IfIndex, InterfaceName, Output, OutputSlot, RuleSlot},
 };
 use mcr_common::{
@@ -150,7 +150,7 @@ fn a_daemon_that_is_killed() {
     keep_on_this_thread(DOCUMENTED);
     let mut steering = set_up(&task);
     let memberships = task.joins.map(|(pin_root, groups)| {
-        let mut memberships = Memberships::kept(&pin_root, &binary()).unwrap();
+        let mut memberships = Memberships::kept(&pin_root, &binary(), Stored::default()).unwrap();
         for group in groups {
             memberships.join(on_in0(group)).unwrap();
         }
@@ -618,7 +618,7 @@ fn descriptors(pid: u32) -> usize {
 }
 
 fn keep(site: &Site) -> Memberships {
-    site.relay.run(|| Memberships::kept(site.scratch.pin_root(), &binary())).unwrap()
+    site.relay.run(|| Memberships::kept(site.scratch.pin_root(), &binary(), Stored::default())).unwrap()
 }
 
 fn kept_group(n: u32) -> Ipv4Addr {
@@ -773,7 +773,7 @@ fn a_holder_that_does_not_answer_is_said_and_keeps_what_it_has() {
     let [holder] = holders(&site.relay)[..] else { panic!("one holder") };
     let signal = |signal| nix::sys::signal::kill(Pid::from_raw(holder.cast_signed()), signal).unwrap();
     signal(Signal::SIGSTOP);
-    let kept = || site.relay.run(|| Memberships::kept(site.scratch.pin_root(), &binary()));
+    let kept = || site.relay.run(|| Memberships::kept(site.scratch.pin_root(), &binary(), Stored::default()));
     let error = kept().unwrap_err();
     assert_eq!(error.to_string(), "the holder of memberships does not answer within 2 s");
     signal(Signal::SIGCONT);

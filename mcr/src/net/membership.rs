@@ -147,13 +147,10 @@ impl Memberships {
     pub fn kept(pin_root: &Path, program: &Path, Stored { store, passed }: Stored) -> io::Result<Self> {
         let keeping = Keeping { pin_root: pin_root.to_owned(), program: program.to_owned(), keeper: None };
         let mut memberships = Self { keeping: Some(keeping), ..Self::default() };
-        let mut sockets = store::sockets(passed);
+        let sockets = store::sockets(passed);
         let stored: Vec<_> = sockets.iter().map(|(number, _)| *number).collect();
-        let here = multicast::netns_cookie(&silent_socket()?)?;
-        // One of another namespace has joined nothing in this one.
-        sockets.retain(|(_, socket)| multicast::netns_cookie(socket).is_ok_and(|cookie| cookie == here));
         if !sockets.is_empty() {
-            memberships.adopt(Held { sockets, memberships: joined()?.into_iter().collect() })?;
+            memberships.adopt_stored(sockets)?;
         }
         let found = Holder::find(pin_root)?;
         let before = found.as_ref().map(|(_, held)| Before::from(held)).unwrap_or_default();
@@ -167,18 +164,13 @@ impl Memberships {
         if let Some((manager, size)) = store {
             let store = Keeper::Store(Store::new(manager, size, stored.iter().copied()));
             let of_store = Before { sockets: stored.into_iter().collect(), memberships: Vec::new() };
-            match memberships.hand_over(store, of_store) {
-                Ok(()) => {
-                    holder.map_or(Ok(()), Holder::end)?;
-                    return Ok(memberships);
-                }
-                Err((store, error)) => store.give_up(&error),
+            if memberships.hand_over(store, of_store).is_ok() {
+                holder.map_or(Ok(()), Holder::end)?;
+                return Ok(memberships);
             }
         }
         match holder {
-            Some(holder) if holder.is_trusted() => {
-                memberships.hand_over(Keeper::Holder(holder), before).map_err(|(_, error)| error)?;
-            }
+            Some(holder) if holder.is_trusted() => memberships.hand_over(Keeper::Holder(holder), before)?,
             // The next one is this user's.
             Some(holder) => holder.end()?,
             None => {}
@@ -216,7 +208,7 @@ impl Memberships {
             Some((holder, held)) => (holder, Before::from(&held)),
             None => (Holder::start(&keeping.pin_root, &keeping.program)?, Before::default()),
         };
-        self.hand_over(Keeper::Holder(holder), before).map_err(|(_, error)| error)
+        self.hand_over(Keeper::Holder(holder), before)
     }
 
     /// Leaves everything, and ends the holder. Without it, what is kept stays joined.
@@ -226,6 +218,14 @@ impl Memberships {
             Some(Keeper::Store(mut store)) => store.end(),
             None => Ok(()),
         }
+    }
+
+    /// Takes sockets of which only the kernel knows what they have joined.
+    fn adopt_stored(&mut self, mut sockets: Vec<(u32, OwnedFd)>) -> io::Result<()> {
+        let here = multicast::netns_cookie(&silent_socket()?)?;
+        // One of another namespace has joined nothing in this one.
+        sockets.retain(|(_, socket)| multicast::netns_cookie(socket).is_ok_and(|cookie| cookie == here));
+        self.adopt(Held { sockets, memberships: joined()?.into_iter().collect() })
     }
 
     /// Takes sockets with what they have joined, of which the kernel has the last word.
@@ -254,13 +254,15 @@ impl Memberships {
         Ok(())
     }
 
-    /// Gives a keeper all there is, and takes what it had before and is no more. One that fails is given back.
-    fn hand_over(&mut self, mut keeper: Keeper, before: Before) -> Result<(), (Keeper, io::Error)> {
-        if let Err(error) = self.hand_over_to(&mut keeper, before) {
-            return Err((keeper, error));
-        }
-        if let Some(keeping) = &mut self.keeping {
-            keeping.keeper = Some(keeper);
+    /// Gives a keeper all there is, and takes what it had before and is no more. One that fails is given up.
+    fn hand_over(&mut self, mut keeper: Keeper, before: Before) -> io::Result<()> {
+        match (self.hand_over_to(&mut keeper, before), &mut self.keeping) {
+            (Ok(()), Some(keeping)) => keeping.keeper = Some(keeper),
+            (Ok(()), None) => {}
+            (Err(error), _) => {
+                keeper.give_up(&error);
+                return Err(error);
+            }
         }
         Ok(())
     }

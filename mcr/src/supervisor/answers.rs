@@ -305,8 +305,10 @@ impl Daemon {
         let of = |health, what| Some(count(health)).filter(|&n| n > 0).map(|n| format!(", {n} {what}"));
         let [pending, failed] =
             [(Health::Pending, "pending"), (Health::Failed, "failed")].map(|(health, what)| of(health, what));
-        let received: f64 = self.state.rules().iter().map(|entry| self.books.rule_rates.get(&entry.slot)).sum();
-        let refused = self.configuration.refused.as_ref().map(|why| format!("; the last reload was refused: {why}"));
+        let received: f64 =
+            self.state.rules().iter().map(|entry| self.books.rule_rates.get(&entry.slot)).sum();
+        let refused =
+            self.configuration.refused.as_ref().map(|why| format!("; the last reload was refused: {why}"));
         format!(
             "{} of {} rules active{}{}; {}/s received{}",
             count(Health::Active),

@@ -30,7 +30,8 @@ pub fn start(format: LogFormat, level: LogLevel) -> LogControl {
     let registry = tracing_subscriber::registry().with(filter);
     match format {
         LogFormat::Text if stderr_is_journal() => {
-            let lines = Format::default().without_time().with_ansi(false).with_level(false).with_target(false);
+            let lines =
+                Format::default().without_time().with_ansi(false).with_level(false).with_target(false);
             let lines = fmt::layer().with_ansi(false).event_format(Journal(lines));
             registry.with(lines.with_writer(io::stderr)).init();
         }

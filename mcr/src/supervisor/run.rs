@@ -389,26 +389,7 @@ impl Daemon {
                 () = hooks_changed(hooks.as_deref()) => self.read_targets().await,
                 () = self.neighbours.changed() => {}
                 _ = neighbours.tick() => self.look_for_neighbours(true).await,
-                _ = second.tick() => {
-                    self.end_hung_workers();
-                    self.check_ledger();
-                    self.clear_socket_errors();
-                    if self.journal_failure.is_some() || self.journal_is_old {
-                        self.remember();
-                    }
-                    let _ = self.tend_memberships();
-                    self.books.follow_redirected(&self.state, &self.programs);
-                    self.books.sample(&self.state);
-                    self.read_targets().await;
-                    if self.state.awaits_slot() {
-                        self.read_links(&links).await;
-                    }
-                    self.read_next_hops().await;
-                    self.look_for_neighbours(false).await;
-                    if self.service.is_managed() {
-                        self.service.says(self.status_line());
-                    }
-                }
+                _ = second.tick() => self.each_second(&links).await,
                 _ = quarter.tick() => {
                     if self.neighbours.is_stale() {
                         self.read_next_hops().await;
@@ -434,6 +415,27 @@ impl Daemon {
         }
         self.take(Event::Stop { keep: self.keeps }).await;
         Ok(())
+    }
+
+    async fn each_second(&mut self, links: &LinkWatch) {
+        self.end_hung_workers();
+        self.check_ledger();
+        self.clear_socket_errors();
+        if self.journal_failure.is_some() || self.journal_is_old {
+            self.remember();
+        }
+        let _ = self.tend_memberships();
+        self.books.follow_redirected(&self.state, &self.programs);
+        self.books.sample(&self.state);
+        self.read_targets().await;
+        if self.state.awaits_slot() {
+            self.read_links(links).await;
+        }
+        self.read_next_hops().await;
+        self.look_for_neighbours(false).await;
+        if self.service.is_managed() {
+            self.service.says(self.status_line());
+        }
     }
 
     /// Lets go of all that is to end with the daemon, and of nothing else.

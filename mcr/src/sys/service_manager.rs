@@ -1,4 +1,5 @@
-//! The service manager that started this process, if one did: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3).
+//! The service manager that started this process, if one did: `sd_notify(3)`, `sd_listen_fds(3)`,
+//! `sd_watchdog_enabled(3)`.
 
 use std::{
     env, fs, io,
