@@ -100,7 +100,7 @@ impl Unit {
         for value in self.values("SystemCallFilter") {
             let (removes, names) = value.strip_prefix('~').map_or((false, value), |names| (true, names));
             for call in names.split_whitespace().flat_map(expand) {
-                if removes { drop(calls.remove(&call)) } else { drop(calls.insert(call)) }
+                let _as_before = if removes { calls.remove(&call) } else { calls.insert(call) };
             }
         }
         // Some are another architecture's.

@@ -43,13 +43,14 @@ const BUILD: &[Need] = &[
     need("pkg-config", Probe::Program("pkg-config")),
 ];
 
-/// What the tests and the demo call: ip, tc, bridge, bpftool, ethtool, nft, sysctl.
+/// What the tests and the demo call: ip, tc, bridge, bpftool, ethtool, nft, sysctl, systemd-analyze.
 const TEST: &[Need] = &[
     need("iproute2", Probe::Program("ip")),
     need("bpftool", Probe::Program("bpftool")),
     need("ethtool", Probe::Program("ethtool")),
     need("nftables", Probe::Program("nft")),
     need("procps", Probe::Program("sysctl")),
+    need("systemd", Probe::Program("systemd-analyze")),
 ];
 
 /// What the bench compares mcr with, and sets its cables with.

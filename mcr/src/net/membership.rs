@@ -15,7 +15,7 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tracing::warn;
 
-use super::joined::joined;
+use super::joined;
 use crate::{
     holder::{
         client::{Held, Holder},
@@ -225,7 +225,14 @@ impl Memberships {
         let here = multicast::netns_cookie(&silent_socket()?)?;
         // One of another namespace has joined nothing in this one.
         sockets.retain(|(_, socket)| multicast::netns_cookie(socket).is_ok_and(|cookie| cookie == here));
-        self.adopt(Held { sockets, memberships: joined()?.into_iter().collect() })
+        let groups = joined::groups()?;
+        let mut memberships = Vec::new();
+        for (_, socket) in &sockets {
+            for (interface, group) in &groups {
+                memberships.extend(multicast::held(socket, *interface, *group)?);
+            }
+        }
+        self.adopt(Held { sockets, memberships })
     }
 
     /// Takes sockets with what they have joined, of which the kernel has the last word.

@@ -2,7 +2,7 @@
 
 use std::{io, mem::zeroed, net::Ipv4Addr, os::fd::AsRawFd};
 
-use crate::{net::membership::Membership, sys::socket_option};
+use crate::{net::membership::Membership, rule::IfIndex, sys::socket_option};
 
 pub fn join(socket: &impl AsRawFd, membership: &Membership) -> io::Result<()> {
     change(socket, membership, libc::MCAST_JOIN_GROUP, libc::MCAST_JOIN_SOURCE_GROUP)
@@ -18,24 +18,32 @@ pub fn leave(socket: &impl AsRawFd, membership: &Membership) -> io::Result<()> {
     change(socket, membership, libc::MCAST_LEAVE_GROUP, libc::MCAST_LEAVE_SOURCE_GROUP)
 }
 
-/// Whether a socket has a membership.
-pub fn holds(socket: &impl AsRawFd, membership: &Membership) -> io::Result<bool> {
+/// What a socket has joined of a group on an interface.
+pub fn held(socket: &impl AsRawFd, interface: IfIndex, group: Ipv4Addr) -> io::Result<Vec<Membership>> {
     const MCAST_MSFILTER: i32 = 48;
     let mut filter = GroupFilter {
-        interface: membership.interface.0,
-        group: storage(membership.group),
+        interface: interface.0,
+        group: storage(group),
         mode: 0,
         count: MOST_SOURCES as u32,
         sources: [storage(Ipv4Addr::UNSPECIFIED); MOST_SOURCES],
     };
     match socket_option::complete(socket, libc::IPPROTO_IP, MCAST_MSFILTER, &mut filter) {
         Ok(()) => {}
-        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return Ok(Vec::new()),
         Err(error) => return Err(error),
     }
-    let Some(source) = membership.source else { return Ok(filter.mode == libc::MCAST_EXCLUDE as u32) };
-    let mut sources = filter.sources.iter().take(filter.count as usize);
-    Ok(filter.mode == libc::MCAST_INCLUDE as u32 && sources.any(|given| address(given) == source))
+    let of = |source| Membership { interface, group, source };
+    if filter.mode == libc::MCAST_EXCLUDE as u32 {
+        return Ok(vec![of(None)]);
+    }
+    let sources = filter.sources.iter().take(filter.count as usize);
+    Ok(sources.map(|source| of(Some(address(source)))).collect())
+}
+
+/// Whether a socket has a membership.
+pub fn holds(socket: &impl AsRawFd, membership: &Membership) -> io::Result<bool> {
+    Ok(held(socket, membership.interface, membership.group)?.contains(membership))
 }
 
 /// Sources of one group that a socket is asked for; it may have 10 by default (`net.ipv4.igmp_max_msf`).
