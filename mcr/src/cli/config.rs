@@ -38,11 +38,15 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Say everything that is wrong in a file and in rules.d/*.toml beside it; takes no daemon
-    Check { file: PathBuf },
+    Check {
+        /// The main file
+        file: PathBuf,
+    },
     /// Print what runs, as a file that gives it back
     Show,
     /// Make rules that were added by command permanent, in a fragment of mcr's own; or write all that runs to FILE
     Save {
+        /// Where to write all that runs [default: only what was added by command, in rules.d/mcr-saved.toml]
         file: Option<PathBuf>,
         /// Replace FILE though mcr did not write it
         #[arg(long, requires = "file")]
@@ -50,13 +54,17 @@ enum Command {
     },
     /// Put the rules of a file in the place of those that came from files, as a whole or not at all
     Load {
+        /// The main file
         file: PathBuf,
         /// Take it back after so long unless `mcr config confirm` comes before
         #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=86_400))]
         confirm: Option<u32>,
     },
     /// Tell what loading a file would change
-    Diff { file: PathBuf },
+    Diff {
+        /// The main file
+        file: PathBuf,
+    },
     /// Keep a load that waits to be confirmed
     Confirm,
     /// Take back a load that waits to be confirmed, at once

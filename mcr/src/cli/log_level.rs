@@ -22,7 +22,10 @@ enum Command {
     /// Print the level
     Get,
     /// Change the level, for the daemon and its workers
-    Set { level: LogLevel },
+    Set {
+        /// The least that is logged
+        level: LogLevel,
+    },
 }
 
 impl Args {

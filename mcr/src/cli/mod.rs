@@ -1,9 +1,11 @@
 //! The command line: typed arguments, one file per noun, output as table or JSON.
 
+mod completions;
 mod config;
 mod generate;
 mod hold;
 mod log_level;
+mod man;
 mod ping;
 mod receive;
 mod remote;
@@ -22,7 +24,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{api::client::ClientError, sys::service_manager::stderr_is_journal};
 
@@ -47,6 +49,8 @@ enum Command {
     Stop(stop::Args),
     Gen(generate::Args),
     Recv(receive::Args),
+    Completions(completions::Args),
+    Man(man::Args),
     #[command(hide = true)]
     Worker(worker::Args),
     #[command(hide = true)]
@@ -70,10 +74,25 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => args.run().map(done),
         Command::Gen(args) => generate::run(&args),
         Command::Recv(args) => receive::run(&args),
+        Command::Completions(args) => args.run().map(done),
+        Command::Man(args) => args.run().map(done),
         Command::Worker(args) => args.run().map(done),
         Command::Hold(args) => args.run().map(done),
     };
     outcome.unwrap_or_else(|error| report(&error))
+}
+
+/// The command line as people have it: without the commands that the daemon starts itself.
+fn public() -> clap::Command {
+    let whole = Cli::command();
+    let about = whole.get_about().cloned().unwrap_or_default();
+    let commands: Vec<_> =
+        whole.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    clap::Command::new("mcr")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(about)
+        .subcommand_required(true)
+        .subcommands(commands)
 }
 
 /// Says what went wrong in one line on stderr, and gives the exit status that goes with it.
@@ -107,10 +126,24 @@ fn print(text: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_arguments_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_every_argument_says_what_it_is() {
+        fn check(command: &clap::Command) {
+            let name = command.get_display_name().unwrap_or_else(|| command.get_name());
+            assert!(command.get_about().is_some(), "{name}");
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{name}: {}", argument.get_id());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        let mut public = public().disable_help_subcommand(true);
+        public.build();
+        check(&public);
     }
 }

@@ -28,6 +28,7 @@ enum Command {
     Set(Set),
     /// Remove a rule; once this returns, not one more datagram of it leaves
     Remove {
+        /// The rule's name
         name: String,
         /// Take it out of what was saved, too
         #[arg(long)]
@@ -36,7 +37,10 @@ enum Command {
     /// List the rules
     List,
     /// Show a rule: its outputs, its datapath and why, what the host still sees
-    Show { name: String },
+    Show {
+        /// The rule's name
+        name: String,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -60,6 +64,7 @@ struct Add {
 #[derive(Debug, clap::Args)]
 #[command(group = ArgGroup::new("change").required(true).multiple(true))]
 struct Set {
+    /// The rule's name
     name: String,
     /// Send to this one too
     #[arg(long, value_name = "ENDPOINT", group = "change")]
