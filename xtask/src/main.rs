@@ -4,6 +4,7 @@ mod bench;
 mod build_ebpf;
 mod check;
 mod demo;
+mod package;
 mod process;
 mod run;
 mod setup;
@@ -32,6 +33,7 @@ enum Verb {
     Run(run::Args),
     Demo(demo::Args),
     Bench(bench::Args),
+    Package(package::Args),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
         Verb::Bench(args) => bench::main(&args),
+        Verb::Package(args) => package::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

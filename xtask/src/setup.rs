@@ -51,6 +51,10 @@ const TEST: &[Need] = &[
     need("nftables", Probe::Program("nft")),
     need("procps", Probe::Program("sysctl")),
     need("systemd", Probe::Program("systemd-analyze")),
+    // What the package is tested with.
+    need("man-db", Probe::Program("man")),
+    need("zsh", Probe::Program("zsh")),
+    need("fish", Probe::Program("fish")),
 ];
 
 /// What the bench compares mcr with, and sets its cables with.
@@ -61,6 +65,10 @@ const BENCH: &[Need] = &[
     need("socat", Probe::Program("socat")),
     need("util-linux", Probe::Program("taskset")),
 ];
+
+/// What makes a Debian package.
+const PACKAGE: &[Need] =
+    &[need("dpkg-dev", Probe::Program("dpkg-shlibdeps")), need("binutils", Probe::Program("strip"))];
 
 pub fn main(_: &Args) -> Result<()> {
     build()?;
@@ -74,12 +82,18 @@ pub fn build() -> Result<()> {
 
 /// What running the tests and the demo needs.
 pub fn test() -> Result<()> {
-    ensure("running mcr's tests and demo", TEST)
+    ensure("running mcr's tests and demo", TEST)?;
+    package()
 }
 
 /// What running the bench needs.
 pub fn bench() -> Result<()> {
     ensure("running mcr's bench", BENCH)
+}
+
+/// What making the Debian package needs.
+pub fn package() -> Result<()> {
+    ensure("making mcr's Debian package", PACKAGE)
 }
 
 fn ensure(purpose: &str, needs: &[Need]) -> Result<()> {
