@@ -14,6 +14,7 @@ pub mod ground;
 pub mod namespace;
 pub mod process;
 pub mod relay;
+pub mod root;
 pub mod scratch;
 pub mod service_manager;
 pub mod site;
@@ -30,6 +31,7 @@ pub use crate::{
     namespace::Namespace,
     process::{Answer, Process},
     relay::Relay,
+    root::Root,
     scratch::Scratch,
     service_manager::ServiceManager,
     site::Site,

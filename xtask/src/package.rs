@@ -41,6 +41,10 @@ const INSTALLED: [(&str, &str); 9] = [
     ("docs", "usr/share/doc/mcr/docs"),
 ];
 
+/// The same of what monitors it, for those who have it.
+const MONITORING: [(&str, &str); 2] =
+    [("packaging/prometheus", "usr/share/mcr/prometheus"), ("packaging/grafana", "usr/share/mcr/grafana")];
+
 /// What the shells look for, and where.
 const COMPLETIONS: [(&str, &str); 3] = [
     ("bash", "usr/share/bash-completion/completions/mcr"),
@@ -122,6 +126,11 @@ impl Stage {
         for (from, to) in INSTALLED {
             self.copy(&workspace.join(from), to)?;
         }
+        for (from, to) in MONITORING.map(|(from, to)| (workspace.join(from), to)) {
+            if from.exists() {
+                self.copy(&from, to)?;
+            }
+        }
         self.copy(binary, "usr/bin/mcr")?;
         let installed = self.root.join("usr/bin/mcr");
         process::output(Command::new("strip").args(["--strip-unneeded", "-R", ".comment"]).arg(&installed))?;
@@ -160,8 +169,8 @@ impl Stage {
         let Release { version, architecture, maintainer, .. } = release;
         let fields = fs::read_to_string(workspace.join("packaging/debian/control"))?;
         let control = format!(
-            "Version: {version}\nArchitecture: {architecture}\nMaintainer: {maintainer}\n\
-             Installed-Size: {kilobytes}\nDepends: {depends}\n{fields}"
+            "{fields}Version: {version}\nArchitecture: {architecture}\nMaintainer: {maintainer}\n\
+             Installed-Size: {kilobytes}\nDepends: {depends}\n"
         );
         self.write("DEBIAN/control", &control)?;
         self.write("DEBIAN/md5sums", &sums)?;
