@@ -24,12 +24,15 @@ mount -t bpf bpf root/sys/fs/bpf
 for own in run tmp; do mount -t tmpfs tmpfs "root/$own"; done
 # What containers have, and a machine has not.
 rm -rf root/etc/dpkg/dpkg.cfg.d root/usr/sbin/policy-rc.d
-rm -f root/usr/bin/systemctl
+# Nor does each call need the index of all manual pages anew.
+rm -f root/usr/bin/systemctl root/var/lib/man-db/auto-update
 cat > root/usr/bin/systemctl <<'FAKE'
 #!/bin/sh
 echo "$*" >> /run/systemctl
 case "$*" in
 *is-active*) [ -S /run/mcr/mcr.sock ] ;;
+*preset*) wants=/etc/systemd/system/multi-user.target.wants
+    mkdir -p $wants && ln -sf /usr/lib/systemd/system/mcr.service $wants ;;
 *is-enabled*) [ -L /etc/systemd/system/multi-user.target.wants/mcr.service ] && echo enabled ;;
 *reload\ mcr.service) sh -c "$(sed -n 's/^ExecReload=//p' /usr/lib/systemd/system/mcr.service)" ;;
 esac
@@ -116,12 +119,15 @@ impl Root {
         nsenter.args(["--target", &keeper, "--mount", "--root", "--wd"])
     }
 
-    /// What the service manager was told since this was asked last, `is-active` and the like left out.
+    /// What the service manager was told since this was asked last, what only asks or enables left out.
     #[track_caller]
     pub fn told(&self) -> Vec<String> {
         let told = self.read("/run/systemctl");
         self.write("/run/systemctl", "");
-        told.lines().filter(|line| !line.contains("is-")).map(str::to_owned).collect()
+        told.lines()
+            .filter(|line| !line.contains("is-") && !line.contains("preset"))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// What was made or changed in the root and is still there.
