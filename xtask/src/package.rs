@@ -61,10 +61,13 @@ pub fn main(args: &Args) -> Result<()> {
     setup::package()?;
     let workspace = process::workspace()?;
     let binary = match &args.binary {
-        Some(binary) => binary.clone(),
+        Some(binary) => {
+            binary.canonicalize().with_context(|| format!("{} is not there", binary.display()))?
+        }
         None => run::build(true)?,
     };
     let output = args.output.clone().unwrap_or_else(|| workspace.join("target/package"));
+    let output = std::path::absolute(output)?;
     let release = Release::of(&workspace, args.revision)?;
     let stage = Stage::new(output.join("stage"))?;
     stage.lay_out(&workspace, &binary, &release)?;

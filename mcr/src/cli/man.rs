@@ -86,7 +86,11 @@ fn sections(command: &Command, name: &str) -> Vec<(&'static str, Entries)> {
         "mcr-run" => Some(RUN_STATUS),
         _ => is_of_the_daemon.then_some(STATUS),
     };
-    let environment = (name == "mcr" || name == "mcr-run" || is_of_the_daemon).then_some(ENVIRONMENT);
+    let environment = match name {
+        "mcr" => Some(ENVIRONMENT),
+        "mcr-run" => Some(RUN_ENVIRONMENT),
+        _ => is_of_the_daemon.then_some(ENVIRONMENT),
+    };
     let files = match name {
         "mcr" | "mcr-run" => Some(FILES),
         _ => None,
@@ -106,13 +110,21 @@ const STATUS: Entries = &[
 ];
 
 const RUN_STATUS: Entries = &[
-    ("0", "It was told to end, by SIGTERM, SIGINT or mcr stop."),
+    ("0", "It was told to end: by SIGTERM, SIGINT or mcr stop, or by SIGUSR1, which is mcr stop --keep."),
     ("1", "It could not start, or could not go on: the last line on stderr says why and what to do."),
     ("2", "The arguments are wrong."),
 ];
 
 const ENVIRONMENT: Entries =
     &[("MCR_CONTROL", "The control socket, where --control says none [default: /run/mcr/mcr.sock].")];
+
+const RUN_ENVIRONMENT: Entries = &[
+    ("MCR_CONTROL", "The control socket, where --control says none; it goes before the file."),
+    (
+        "NOTIFY_SOCKET, WATCHDOG_USEC, FDSTORE, LISTEN_FDS, JOURNAL_STREAM",
+        "As systemd sets them for a service of Type=notify.",
+    ),
+];
 
 const FILES: Entries = &[
     ("/etc/mcr/mcr.toml", "Options and rules of the packaged service, mcr.service; see mcr.toml(5)."),
@@ -124,7 +136,10 @@ const FILES: Entries = &[
         "/run/mcr/mcr.sock",
         "The control socket. Beside it lie its lock and the journal of rules added by command.",
     ),
-    ("/sys/fs/bpf/mcr", "Where programs and maps are pinned, by network namespace and interface."),
+    (
+        "/sys/fs/bpf/mcr",
+        "Where programs and maps are pinned, by network namespace and interface; of mcr.service under /run/bpf/mcr.",
+    ),
 ];
 
 const EXAMPLES: &[(&str, Entries)] = &[
