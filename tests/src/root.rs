@@ -54,8 +54,7 @@ pub struct Root {
 
 impl Root {
     #[track_caller]
-    #[expect(clippy::new_without_default, reason = "it costs a process")]
-    pub fn new() -> Self {
+    pub fn make() -> Self {
         let scratch = Scratch::make();
         let mut keeper = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sh", "-c", SCRIPT, "sh"])

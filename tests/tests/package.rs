@@ -89,7 +89,7 @@ const DAEMON_RELOAD: &str = "daemon-reload";
 #[test]
 fn it_is_installed_upgraded_removed_and_purged() {
     let scratch = Scratch::make();
-    let root = Root::new();
+    let root = Root::make();
     let [first, second] = [1, 2].map(|revision| root.bring(&package(scratch.dir(), revision)));
     let is_there = |path: &str| root.path(path).symlink_metadata().is_ok();
     let told = |expected: &[&str]| {
@@ -100,45 +100,8 @@ fn it_is_installed_upgraded_removed_and_purged() {
 
     dpkg(&root, "--install", &first);
     told(&["--quiet --system start mcr.service"]);
-    for (path, mode) in [
-        ("/usr/bin/mcr", 0o100_755),
-        ("/usr/lib/systemd/system/mcr.service", 0o100_644),
-        ("/usr/lib/systemd/system/run-bpf-mcr.mount", 0o100_644),
-        ("/usr/lib/sysusers.d/mcr.conf", 0o100_644),
-        ("/usr/lib/tmpfiles.d/mcr.conf", 0o100_644),
-        ("/etc/mcr", 0o40_755),
-        ("/etc/mcr/mcr.toml", 0o100_644),
-        ("/etc/mcr/rules.d", 0o40_775),
-        ("/usr/share/man/man1/mcr.1.gz", 0o100_644),
-        ("/usr/share/man/man1/mcr-rule-add.1.gz", 0o100_644),
-        ("/usr/share/man/man5/mcr.toml.5.gz", 0o100_644),
-        ("/usr/share/bash-completion/completions/mcr", 0o100_644),
-        ("/usr/share/zsh/vendor-completions/_mcr", 0o100_644),
-        ("/usr/share/fish/vendor_completions.d/mcr.fish", 0o100_644),
-        ("/usr/share/doc/mcr/copyright", 0o100_644),
-        ("/usr/share/doc/mcr/changelog.gz", 0o100_644),
-        ("/usr/share/doc/mcr/README.md", 0o100_644),
-        ("/usr/share/doc/mcr/examples/fan-out.toml", 0o100_644),
-    ] {
-        let metadata = root.path(path).metadata().unwrap_or_else(|error| panic!("{path}: {error}"));
-        assert_eq!(format!("{:o}", metadata.permissions().mode()), format!("{mode:o}"), "{path}");
-        assert_eq!(metadata.uid(), 0, "{path}");
-    }
     assert!(is_there(ENABLED));
-    // The user, and what its daemon may write.
-    let group = root.run(&["id", "--group", "mcr"]).ok().trim().parse::<u32>().expect("a number");
-    assert_eq!(root.path("/etc/mcr/rules.d").metadata().expect("a folder").gid(), group);
-    // What is on the disk is what was packed.
-    assert_eq!(root.run(&["dpkg", "--verify", "mcr"]).ok(), "");
-    assert_eq!(root.run(&["mcr", "--version"]).ok(), concat!("mcr ", env!("CARGO_PKG_VERSION"), "\n"));
-    for (file, rules) in [
-        ("/etc/mcr/mcr.toml", 0),
-        ("/usr/share/doc/mcr/examples/fan-out.toml", 1),
-        ("/usr/share/doc/mcr/examples/market-data.toml", 2),
-    ] {
-        let checked = root.run(&["mcr", "config", "check", file]);
-        assert!(checked.ok().contains(&format!("is right: {rules} rule")), "{checked}");
-    }
+    assert_installed(&root);
 
     // No daemon runs: the operator has stopped it, or it never came up. An upgrade does not start it.
     let operators = root.read("/etc/mcr/mcr.toml")
@@ -185,6 +148,49 @@ fn it_is_installed_upgraded_removed_and_purged() {
     assert_nothing_left(&root);
 }
 
+/// Files with their owners and modes, the user, and a binary that works.
+#[track_caller]
+fn assert_installed(root: &Root) {
+    for (path, mode) in [
+        ("/usr/bin/mcr", 0o100_755),
+        ("/usr/lib/systemd/system/mcr.service", 0o100_644),
+        ("/usr/lib/systemd/system/run-bpf-mcr.mount", 0o100_644),
+        ("/usr/lib/sysusers.d/mcr.conf", 0o100_644),
+        ("/usr/lib/tmpfiles.d/mcr.conf", 0o100_644),
+        ("/etc/mcr", 0o40_755),
+        ("/etc/mcr/mcr.toml", 0o100_644),
+        ("/etc/mcr/rules.d", 0o40_775),
+        ("/usr/share/man/man1/mcr.1.gz", 0o100_644),
+        ("/usr/share/man/man1/mcr-rule-add.1.gz", 0o100_644),
+        ("/usr/share/man/man5/mcr.toml.5.gz", 0o100_644),
+        ("/usr/share/bash-completion/completions/mcr", 0o100_644),
+        ("/usr/share/zsh/vendor-completions/_mcr", 0o100_644),
+        ("/usr/share/fish/vendor_completions.d/mcr.fish", 0o100_644),
+        ("/usr/share/doc/mcr/copyright", 0o100_644),
+        ("/usr/share/doc/mcr/changelog.gz", 0o100_644),
+        ("/usr/share/doc/mcr/README.md", 0o100_644),
+        ("/usr/share/doc/mcr/examples/fan-out.toml", 0o100_644),
+    ] {
+        let metadata = root.path(path).metadata().unwrap_or_else(|error| panic!("{path}: {error}"));
+        assert_eq!(format!("{:o}", metadata.permissions().mode()), format!("{mode:o}"), "{path}");
+        assert_eq!(metadata.uid(), 0, "{path}");
+    }
+    // The user, and what its daemon may write.
+    let group = root.run(&["id", "--group", "mcr"]).ok().trim().parse::<u32>().expect("a number");
+    assert_eq!(root.path("/etc/mcr/rules.d").metadata().expect("a folder").gid(), group);
+    // What is on the disk is what was packed.
+    assert_eq!(root.run(&["dpkg", "--verify", "mcr"]).ok(), "");
+    assert_eq!(root.run(&["mcr", "--version"]).ok(), concat!("mcr ", env!("CARGO_PKG_VERSION"), "\n"));
+    for (file, rules) in [
+        ("/etc/mcr/mcr.toml", 0),
+        ("/usr/share/doc/mcr/examples/fan-out.toml", 1),
+        ("/usr/share/doc/mcr/examples/market-data.toml", 2),
+    ] {
+        let checked = root.run(&["mcr", "config", "check", file]);
+        assert!(checked.ok().contains(&format!("is right: {rules} rule")), "{checked}");
+    }
+}
+
 /// Of the package and of what its service had.
 #[track_caller]
 fn assert_nothing_left(root: &Root) {
@@ -198,7 +204,7 @@ fn assert_nothing_left(root: &Root) {
 #[test]
 fn nothing_fails_where_no_systemd_runs() {
     let scratch = Scratch::make();
-    let root = Root::new();
+    let root = Root::make();
     let [first, second] = [1, 2].map(|revision| root.bring(&package(scratch.dir(), revision)));
     fs::remove_dir(root.path("/run/systemd/system")).expect("systemd does not run");
     for tools_are_there in [true, false] {
@@ -235,7 +241,7 @@ out = ["239.2.2.3:6000@out0", "10.78.2.2:6000@out2"]
 #[test]
 fn what_was_installed_relays_and_an_upgrade_reloads_it_without_a_gap() {
     let site = Site::default();
-    let root = Root::new();
+    let root = Root::make();
     let [first, second] = [1, 2].map(|revision| root.bring(&package(site.scratch.dir(), revision)));
     dpkg(&root, "--install", &first);
     let original = root.read("/etc/mcr/mcr.toml");
