@@ -1,7 +1,7 @@
 //! The version of everything that crosses the boundary between the eBPF object and user space.
 
 /// Raised whenever a shared type, a map's name or shape, or the meaning of a field changes.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Symbol in the eBPF object that holds [`ABI_VERSION`] as four bytes, little endian.
 pub const ABI_SYMBOL: &str = "MCR_ABI_VERSION";
@@ -23,8 +23,10 @@ pub const FILTER: &str = "mcr_filter";
 pub mod map {
     /// Hash: [`FlowKey4`](crate::flow::FlowKey4) to [`FlowValue`](crate::flow::FlowValue).
     pub const FLOWS_V4: &str = "mcr_flows_v4";
-    /// Array of one: how many flows are for one source.
-    pub const SOURCE_FLOWS: &str = "mcr_src_flows";
+    /// Array of one: [`FlowTable`](crate::flow::FlowTable).
+    pub const FLOW_TABLE: &str = "mcr_flow_table";
+    /// Per-CPU array by [`place`](crate::flow::FlowKey4::place): [`Found`](crate::flow::Found).
+    pub const FOUND: &str = "mcr_found";
     /// Per-CPU array by rule slot: [`RuleCounters`](crate::counters::RuleCounters).
     pub const RULES: &str = "mcr_rules";
     /// Per-CPU array by [`verdicts_of`](super::verdicts_of): [`Verdicts`](crate::counters::Verdicts).
