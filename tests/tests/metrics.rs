@@ -28,8 +28,12 @@ use nix::{
     unistd::Pid,
 };
 use tests::{
-    Ground, Namespace, Process, Relay, Site, Source, site::Plan, source::Stream, wait::PATIENCE, wait_for,
-    wait_until,
+    Ground, Namespace, Process, Relay, Site, Source,
+    relay::{interface_balances, lost, outputs_balance, unaccounted},
+    site::Plan,
+    source::Stream,
+    wait::PATIENCE,
+    wait_for, wait_until,
 };
 
 const GROUP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 1), 5000);
@@ -549,15 +553,15 @@ fn the_list_in_the_docs_is_what_a_scrape_has() {
     });
 }
 
-/// promtool, which `cargo xtask setup` has put there, or the system has.
-fn promtool() -> Command {
-    let fetched = project().join("target/prometheus/usr/bin/promtool");
-    Command::new(if fetched.exists() { fetched } else { "promtool".into() })
+/// A program of Prometheus, which `cargo xtask setup` has put there, or the system has.
+fn of_prometheus(program: &str) -> PathBuf {
+    let fetched = project().join("target/prometheus/usr/bin").join(program);
+    if fetched.exists() { fetched } else { program.into() }
 }
 
 #[track_caller]
 fn promtool_says(args: &[&str], input: &str) -> String {
-    let mut command = promtool();
+    let mut command = Command::new(of_prometheus("promtool"));
     command.args(args).stdin(std::process::Stdio::piped());
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let missing = "promtool is missing: `cargo xtask setup` fetches it";
@@ -613,6 +617,48 @@ fn a_scrape_the_alerts_and_the_dashboard_pass_the_tools_of_prometheus() {
             assert!(unknown.is_empty(), "no scrape has {unknown:?}");
         }
         assert_eq!(metrics_in(&expressions).len(), 15, "{expressions}");
+    });
+}
+
+#[test]
+fn prometheus_itself_takes_the_pages_and_the_alerts() {
+    const AT: &str = "127.0.0.1:9090";
+    let site = Site::default();
+    with_all(&site, |_, scrape| {
+        let (dir, rules) = (site.scratch.dir(), packaging("prometheus/mcr.rules.yml"));
+        let configuration = format!(
+            "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: [{}]\nscrape_configs:\n\
+             - job_name: mcr\n  static_configs: [{{targets: [\"{}\"]}}]\n",
+            rules.display(),
+            here()
+        );
+        let file = dir.join("prometheus.yml");
+        fs::write(&file, configuration).unwrap();
+        let mut command = site.relay.command(of_prometheus("prometheus"));
+        command.arg(format!("--config.file={}", file.display()));
+        command.arg(format!("--storage.tsdb.path={}", dir.join("data").display()));
+        command.arg(format!("--web.listen-address={AT}"));
+        let server = Process::spawn(&mut command);
+        let query = |expression: &str| -> Option<serde_json::Value> {
+            let mut stream = connect(&site.relay, AT.parse().unwrap()).ok()?;
+            // By this version the answer comes whole.
+            write!(stream, "GET /api/v1/query?query={expression} HTTP/1.0\r\n\r\n").ok()?;
+            let reply = Reply::read(stream);
+            (reply.status == 200).then(|| serde_json::from_str(&reply.body).unwrap())
+        };
+        // It asks for OpenMetrics, and refuses a page whole that is not.
+        let wait_for_value = |expression: &str, expected: &str| {
+            let what = format!("{expression} is {expected}: {}", server.stderr());
+            wait_until(&what, PATIENCE, || {
+                query(expression).is_some_and(|answer| answer["data"]["result"][0]["value"][1] == expected)
+            });
+        };
+        wait_for_value("up", "1");
+        let samples = scrape.samples.len();
+        wait_for_value("scrape_samples_scraped", &samples.to_string());
+        wait_for_value("ALERTS{alertname=\"McrRulePending\",rule=\"odd\"}", "1");
+        let odd = query("mcr_rule_info{rule=\"odd\"}").unwrap();
+        assert_eq!(odd["data"]["result"][0]["metric"]["input"], r#"239.1.1.9:5000@a"b\c"#);
     });
 }
 
