@@ -63,8 +63,8 @@ pub struct Options {
     /// Seconds without a datagram after which a rule that had some is said to be stalled [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     stalled_after: Option<u32>,
-    /// Serve Prometheus metrics, /healthz and /readyz by HTTP: a port (on loopback alone), HOST:PORT or unix:/PATH
-    /// [default: off]
+    /// Serve Prometheus metrics, /healthz and /readyz by HTTP: a port (on loopback alone), HOST:PORT or the path of
+    /// a Unix socket [default: off]
     #[arg(long, value_name = "ADDRESS", value_parser = str::parse::<Address>)]
     metrics: Option<Address>,
     /// eBPF object in place of the embedded one

@@ -1,4 +1,4 @@
-//! A survey as metrics: OpenMetrics, or Prometheus' own text format. `docs/metrics.md` is their list.
+//! A survey as metrics: `OpenMetrics`, or Prometheus' own text format. `docs/metrics.md` is their list.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::UNIX_EPOCH};
 
@@ -48,6 +48,9 @@ impl Collector for Metrics {
         page.workers(&self.0)
     }
 }
+
+/// Takes a counter out of what has it.
+type Count<T> = fn(&T) -> u64;
 
 type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
 
@@ -139,12 +142,11 @@ impl Page<'_> {
             "When a rule's last datagram came, in seconds since 1970; none before the first",
             last,
         )?;
-        type Count = fn(&RuleStats) -> u64;
         for (name, help, count) in [
             (
                 "mcr_rule_matched_packets",
                 "Datagrams of a rule that were seen on the wire",
-                (|rule| rule.matched) as Count,
+                (|rule| rule.matched) as Count<RuleStats>,
             ),
             ("mcr_rule_received_packets", "Datagrams of a rule that were taken in", |rule| rule.received),
             ("mcr_rule_received_bytes", "Their UDP payload", |rule| rule.received_bytes),
@@ -162,12 +164,11 @@ impl Page<'_> {
                 .map(|output| (of_output(&rule.name, &output.to), u64::from(output.health == Health::Active)))
         });
         self.gauges("mcr_output_up", "Whether an output sends what it is handed", up)?;
-        type Count = fn(&OutputStats) -> u64;
         for (name, help, count) in [
             (
                 "mcr_output_received_packets",
                 "Datagrams that a rule handed to an output",
-                (|output| output.received) as Count,
+                (|output| output.received) as Count<OutputStats>,
             ),
             ("mcr_output_sent_packets", "Datagrams of an output that the kernel accepted", |output| {
                 output.sent

@@ -12,7 +12,7 @@ pub struct Get {
     pub path: String,
     /// It wants the headers alone (HEAD).
     pub headers_alone: bool,
-    /// It takes the OpenMetrics format.
+    /// It takes the `OpenMetrics` format.
     pub open_metrics: bool,
 }
 

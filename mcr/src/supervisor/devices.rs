@@ -26,8 +26,8 @@ struct Device {
 
 impl Device {
     fn new(index: IfIndex, last: Counters) -> Self {
-        let lost = last.keys().map(|counter| ((counter.level, counter.name.clone()), 0)).collect();
-        Self { index, last, lost }
+        let nothing = last.keys().map(|counter| ((counter.level, counter.name.clone()), 0)).collect();
+        Self { index, last, lost: nothing }
     }
 
     fn take(&mut self, index: IfIndex, now: Counters) {
