@@ -6,6 +6,7 @@ pub mod config;
 pub mod datapath;
 pub mod ebpf;
 pub mod holder;
+pub mod metrics;
 pub mod net;
 pub mod rule;
 pub mod ruleset;

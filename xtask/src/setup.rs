@@ -1,5 +1,7 @@
 //! `cargo xtask setup`: what must be installed before mcr builds and its tests run.
 
+pub mod promtool;
+
 use std::{collections::HashSet, process::Command};
 
 use anyhow::{Context as _, Result, bail};
@@ -72,7 +74,8 @@ const PACKAGE: &[Need] =
 
 pub fn main(_: &Args) -> Result<()> {
     build()?;
-    test()
+    test()?;
+    promtool::ensure()
 }
 
 /// What `cargo build` of the workspace needs.

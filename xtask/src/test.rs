@@ -36,6 +36,7 @@ const WORKSPACE: [&str; 3] = ["--workspace", "--exclude", "mcr-ebpf"];
 pub fn main(args: &Args) -> Result<()> {
     setup::build()?;
     setup::test()?;
+    setup::promtool::ensure()?;
     let mut tests = build(&["--lib", "--bins", "--tests"])?;
     tests.sort_by_key(is_end_to_end);
     let mut outcome = Outcome::default();

@@ -231,7 +231,7 @@ fn holds_nothing_but_ours(socket: &Path) -> bool {
     !for_all && fs::read_dir(parent).is_ok_and(|files| files.flatten().all(|file| ours(&file.file_name())))
 }
 
-fn is_socket(path: &Path) -> bool {
+pub fn is_socket(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
@@ -248,17 +248,19 @@ pub fn bind(lock: &ControlLock, group: Option<Gid>) -> Result<StdListener, BindE
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed("look at")(error)),
     }
-    let listen = || {
-        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        socket.bind(&SockAddr::unix(path)?)?;
-        // Nobody can connect before `listen`, so there is no moment in which the mode is wider.
-        std::os::unix::fs::lchown(path, None, group.map(Gid::as_raw))?;
-        fs::set_permissions(path, Permissions::from_mode(0o660))?;
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
-        Ok(StdListener::from(socket))
-    };
-    listen().map_err(failed("listen on"))
+    listen(path, group).map_err(failed("listen on"))
+}
+
+/// Listens on a path where nothing is, mode 0660 and of this group, without blocking.
+pub fn listen(path: &Path, group: Option<Gid>) -> io::Result<StdListener> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    // Nobody can connect before `listen`, so there is no moment in which the mode is wider.
+    std::os::unix::fs::lchown(path, None, group.map(Gid::as_raw))?;
+    fs::set_permissions(path, Permissions::from_mode(0o660))?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(StdListener::from(socket))
 }
 
 #[cfg(test)]

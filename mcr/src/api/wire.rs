@@ -255,6 +255,16 @@ pub struct RuleShow {
     pub rule: RuleInfo,
 }
 
+/// Why datagrams of a rule are dropped before any output.
+pub const RULE_DROPS: [&str; 4] = ["no_worker", "loop", "cut", "not_redirected"];
+
+/// Why the sockets of an interface lose frames.
+pub const INTERFACE_DROPS: [&str; 5] =
+    ["rx_ring_full", "fill_ring_empty", "socket_dropped", "worker_died", "packet_ring_full"];
+
+/// Why frames that were received are relayed by no rule.
+pub const INTERFACE_DISCARDS: [&str; 4] = ["no_rule", "refused", "cut", "worker_died"];
+
 /// Answer to `stats`. Counters go on from `since`, across worker restarts; times are RFC 3339 in UTC.
 /// Bytes are UDP payload bytes; rates are over the last second.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -319,7 +329,7 @@ pub struct RuleStats {
     /// It had datagrams, and none for as long as the daemon's `stalled_after`, 10 s unless said otherwise.
     #[serde(default)]
     pub stalled: bool,
-    /// Before any output: `no_worker`, `loop`, `cut`, `not_redirected`.
+    /// Of [`RULE_DROPS`].
     pub dropped: BTreeMap<String, u64>,
     pub outputs: Vec<OutputStats>,
 }
@@ -355,8 +365,7 @@ pub struct InterfaceStats {
     /// Frames that the workers took out of their sockets: `steered = received + dropped`, once nothing
     /// is in flight.
     pub received: u64,
-    /// `rx_ring_full`, `fill_ring_empty`, `packet_ring_full` and the other losses of the sockets,
-    /// `worker_died`.
+    /// Of [`INTERFACE_DROPS`].
     pub dropped: BTreeMap<String, u64>,
     /// Frames received whose rule was gone by then (`no_rule`), that a worker's parser refused, that came
     /// without their end (`cut`), or that a worker held when it died (`worker_died`).

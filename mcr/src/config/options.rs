@@ -9,6 +9,7 @@ use toml::de::DeValue;
 
 use crate::{
     datapath::af_xdp,
+    metrics::address::Address,
     rule::DatapathChoice,
     supervisor::settings::{
         DEFAULT_CONTROL, DEFAULT_PIN_ROOT, DEFAULT_STALLED_AFTER_S, LogFormat, LogLevel, Settings,
@@ -62,6 +63,10 @@ pub struct Options {
     /// Seconds without a datagram after which a rule that had some is said to be stalled [default: 10]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     stalled_after: Option<u32>,
+    /// Serve Prometheus metrics, /healthz and /readyz by HTTP: a port (on loopback alone), HOST:PORT or the path of
+    /// a Unix socket [default: off]
+    #[arg(long, value_name = "ADDRESS", value_parser = str::parse::<Address>)]
+    metrics: Option<Address>,
     /// eBPF object in place of the embedded one
     #[arg(long, value_name = "FILE")]
     bpf_object: Option<PathBuf>,
@@ -103,6 +108,7 @@ impl Options {
             source_port: self.source_port.or(those.source_port),
             max_rules: self.max_rules.or(those.max_rules),
             stalled_after: self.stalled_after.or(those.stalled_after),
+            metrics: self.metrics.or(those.metrics),
             bpf_object: self.bpf_object.or(those.bpf_object),
             log_format: self.log_format.or(those.log_format),
             log_level: self.log_level.or(those.log_level),
@@ -127,6 +133,7 @@ impl From<Options> for Settings {
             source_port: options.source_port,
             max_rules: options.max_rules.unwrap_or(DEFAULT_MAX_RULES),
             stalled_after_s: options.stalled_after.unwrap_or(DEFAULT_STALLED_AFTER_S),
+            metrics: options.metrics,
             bpf_object: options.bpf_object,
             log_format: options.log_format.unwrap_or_default(),
             log_level: options.log_level.unwrap_or_default(),

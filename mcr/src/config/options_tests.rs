@@ -13,7 +13,7 @@ fn settings(line: &str) -> Result<Settings, clap::Error> {
 fn arguments_become_settings() {
     let given = settings(
         "--datapath af-xdp --generic-xdp --busy-poll 50 --frames 1024 --rx-ring 512 --workers 2 --cpus 6,0-3 --control /tmp/s --group ops --user mcr --pin-root /tmp/bpf --source-port 7000 \
-         --max-rules 10 --stalled-after 5 --bpf-object a.o --log-format json --log-level debug",
+         --max-rules 10 --stalled-after 5 --metrics :9464 --bpf-object a.o --log-format json --log-level debug",
     );
     let expected = Settings {
         datapath: DatapathChoice(Some(Datapath::AfXdp)),
@@ -30,6 +30,7 @@ fn arguments_become_settings() {
         source_port: Some(7000),
         max_rules: 10,
         stalled_after_s: 5,
+        metrics: Some(Address::Tcp { host: "127.0.0.1".to_owned(), port: 9464 }),
         bpf_object: Some("a.o".into()),
         log_format: LogFormat::Json,
         log_level: LogLevel::Debug,
@@ -65,6 +66,8 @@ fn bad_arguments_are_refused() {
         "--source-port 65536",
         "--max-rules 0",
         "--stalled-after 0",
+        "--metrics 0",
+        "--metrics unix:here",
         "--log-level loud",
         "--log-format xml",
     ] {

@@ -8,12 +8,13 @@ use std::{
 
 use crate::{
     api::wire::{
-        self, Alarm, DeviceStats, Error, Health, InterfaceStats, OutputInfo, OutputStats, QueueStats,
-        RuleCounts, RuleInfo, RuleList, RuleShow, RuleSpec, RuleStats, SCHEMA, Stats, Status, WorkerInfo,
-        WorkerList, timestamp,
+        self, Alarm, DeviceStats, Error, Health, INTERFACE_DISCARDS, InterfaceStats, OutputInfo, OutputStats,
+        QueueStats, RULE_DROPS, RuleCounts, RuleInfo, RuleList, RuleShow, RuleSpec, RuleStats, SCHEMA, Stats,
+        Status, WorkerInfo, WorkerList, timestamp,
     },
     datapath,
     ebpf::Steering,
+    metrics::Survey,
     net::losses::Level,
     rule::{Datapath, DatapathChoice, InterfaceName, Origin, Output, OutputSlot, Rule},
     ruleset::Entry,
@@ -104,26 +105,33 @@ impl Daemon {
     }
 
     pub fn stats(&self, rule: Option<&str>) -> Result<Stats, Error> {
-        let rules = match rule {
-            Some(name) => vec![self.rule_stats(self.state.rules().get(name)?)],
-            None => self.state.rules().iter().map(|entry| self.rule_stats(entry)).collect(),
-        };
-        Ok(Stats {
+        match rule {
+            Some(name) => Ok(self.stats_of(vec![self.rule_stats(self.state.rules().get(name)?)])),
+            None => Ok(self.all_stats()),
+        }
+    }
+
+    fn all_stats(&self) -> Stats {
+        self.stats_of(self.state.rules().iter().map(|entry| self.rule_stats(entry)).collect())
+    }
+
+    fn stats_of(&self, rules: Vec<RuleStats>) -> Stats {
+        Stats {
             schema: SCHEMA,
             time: timestamp(SystemTime::now()),
             since: timestamp(self.since),
             rules,
             interfaces: self.interface_list(),
             workers: self.worker_list().workers,
-            devices: self.device_list(),
+            devices: self.device_list(|lost| lost > 0),
             alarms: self.alarms.values().cloned().collect(),
-        })
+        }
     }
 
-    fn device_list(&self) -> Vec<DeviceStats> {
+    fn device_list(&self, shows: impl Fn(u64) -> bool) -> Vec<DeviceStats> {
         let stats = |(name, lost): (&InterfaceName, &Losses)| {
             let mut stats = DeviceStats { name: name.to_string(), ..DeviceStats::default() };
-            for ((level, counter), count) in lost {
+            for ((level, counter), count) in lost.iter().filter(|(_, count)| shows(**count)) {
                 let named = match level {
                     Level::Link => &mut stats.link,
                     Level::Qdisc => &mut stats.qdisc,
@@ -164,12 +172,12 @@ impl Daemon {
             last_seen: idle_seconds.map(|_| timestamp(last_seen)),
             idle_seconds,
             stalled: idle_seconds.is_some_and(|idle| idle >= self.settings.stalled_after_s.into()),
-            dropped: nonzero([
-                ("no_worker", totals.no_worker),
-                ("loop", totals.looped),
-                ("cut", totals.cut),
-                ("not_redirected", totals.not_redirected),
-            ]),
+            dropped: nonzero(RULE_DROPS.into_iter().zip([
+                totals.no_worker,
+                totals.looped,
+                totals.cut,
+                totals.not_redirected,
+            ])),
             outputs: entry.outputs().map(|(output, slot)| self.output_stats(output, slot)).collect(),
         }
     }
@@ -185,7 +193,7 @@ impl Daemon {
             sent_pps: self.books.output_rates.get(&slot),
             retried: totals.retried,
             approximate: totals.approximate,
-            dropped: nonzero(reasons.zip(totals.dropped).chain([("skipped", totals.skipped)])),
+            dropped: nonzero(reasons.zip(totals.dropped).chain([(DropReason::SKIPPED, totals.skipped)])),
         }
     }
 
@@ -197,13 +205,13 @@ impl Daemon {
             verdicts: totals.verdicts.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect(),
             received: totals.received,
             dropped: nonzero(totals.drops()),
-            discarded: nonzero([
-                ("no_rule", totals.no_rule),
-                ("refused", totals.refused),
-                // In datagrams these are the rules' drops.
-                ("cut", totals.cut),
-                ("worker_died", totals.held),
-            ]),
+            // In datagrams those that were cut are the rules' drops.
+            discarded: nonzero(INTERFACE_DISCARDS.into_iter().zip([
+                totals.no_rule,
+                totals.refused,
+                totals.cut,
+                totals.held,
+            ])),
             queues: self.queue_list(interface, datapath),
         }
     }
@@ -276,7 +284,6 @@ impl Daemon {
         let alarms: Vec<_> = self.alarms.values().cloned().collect();
         let mut problems = self.configuration_problems();
         problems.extend(self::problems(&alarms, &rules, &workers, &stats));
-        let of_alarms = alarms.first().map(|_| Health::Failed);
         let slots = || self.state.rules().iter().flat_map(|entry| entry.output_slots.iter());
         Status {
             schema: SCHEMA,
@@ -284,7 +291,7 @@ impl Daemon {
             since: timestamp(self.since),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            health: rules.iter().map(|rule| rule.health).chain(of_alarms).max().unwrap_or(Health::Active),
+            health: health(&rules, &alarms),
             rules: rule_counts,
             workers_running: workers.iter().filter(|worker| worker.pid.is_some()).count() as u32,
             workers_total: workers.len() as u32,
@@ -318,6 +325,22 @@ impl Daemon {
             wire::count(received.round() as u64),
             refused.unwrap_or_default().replace('\n', " "),
         )
+    }
+
+    /// What metrics are made of.
+    pub fn survey(&self) -> Survey {
+        let mut stats = self.all_stats();
+        stats.devices = self.device_list(|_| true);
+        let rules = self.rule_list().rules;
+        let mut problems = self.configuration_problems();
+        problems.extend(self::problems(&stats.alarms, &rules, &stats.workers, &stats.rules));
+        let inputs = self.state.rules().iter().map(|entry| (entry.rule.input.interface.to_string(), 0));
+        let mut memberships: BTreeMap<_, u64> = inputs.collect();
+        for membership in self.state.memberships() {
+            let link = self.state.links().iter().find(|(_, link)| link.index == membership.interface);
+            *memberships.entry(link.map(|(name, _)| name.to_string()).unwrap_or_default()).or_default() += 1;
+        }
+        Survey { health: health(&rules, &stats.alarms), problems, rules, stats, memberships }
     }
 
     /// What is wrong with what is to outlive the daemon, or waits for the operator.
@@ -371,6 +394,12 @@ pub fn unserved(spec: RuleSpec, why: String) -> RuleInfo {
         health: Health::Failed,
         reason: Some(why),
     }
+}
+
+/// Whether all is at work that should be.
+fn health(rules: &[RuleInfo], alarms: &[Alarm]) -> Health {
+    let of_alarms = alarms.first().map(|_| Health::Failed);
+    rules.iter().map(|rule| rule.health).chain(of_alarms).max().unwrap_or(Health::Active)
 }
 
 /// What is wrong, worst first, each with a command that shows or mends it.

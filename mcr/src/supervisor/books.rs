@@ -24,6 +24,7 @@ pub use self::{
 
 use self::redirected::OfOutput;
 use crate::{
+    api::wire::INTERFACE_DROPS,
     ebpf::Steering,
     net::packet_socket::PacketStatistics,
     rule::{Datapath, InterfaceName, OutputSlot, QueueId, RuleSlot},
@@ -89,14 +90,15 @@ impl InterfaceTotals {
 
     /// What the sockets lost, by name.
     pub fn drops(&self) -> [(&'static str, u64); 5] {
-        [
-            ("rx_ring_full", self.rx_ring_full),
-            ("fill_ring_empty", self.fill_ring_empty),
+        let counts = [
+            self.rx_ring_full,
+            self.fill_ring_empty,
             // The kernel counts frames without a free chunk among these too.
-            ("socket_dropped", self.rx_dropped.saturating_sub(self.fill_ring_empty)),
-            ("worker_died", self.worker_died),
-            ("packet_ring_full", self.packet_ring_full),
-        ]
+            self.rx_dropped.saturating_sub(self.fill_ring_empty),
+            self.worker_died,
+            self.packet_ring_full,
+        ];
+        std::array::from_fn(|reason| (INTERFACE_DROPS[reason], counts[reason]))
     }
 
     /// Frames that the sockets lost.

@@ -12,7 +12,7 @@ use crate::{
     supervisor::state::State,
 };
 
-/// What was lost, by name.
+/// What was lost, by name; every counter is there that was ever seen.
 pub type Losses = BTreeMap<(Level, String), u64>;
 
 /// A device's counters, which only go on: they start where the daemon first saw them, and again with each
@@ -26,7 +26,8 @@ struct Device {
 
 impl Device {
     fn new(index: IfIndex, last: Counters) -> Self {
-        Self { index, last, lost: Losses::new() }
+        let nothing = last.keys().map(|counter| ((counter.level, counter.name.clone()), 0)).collect();
+        Self { index, last, lost: nothing }
     }
 
     fn take(&mut self, index: IfIndex, now: Counters) {
@@ -35,9 +36,7 @@ impl Device {
                 // One that is new, as a queueing discipline that came later, or that went back, starts from nothing.
                 let before = self.last.get(counter).copied().unwrap_or_default();
                 let gained = count.checked_sub(before).unwrap_or(count);
-                if gained > 0 {
-                    *self.lost.entry((counter.level, counter.name.clone())).or_default() += gained;
-                }
+                *self.lost.entry((counter.level, counter.name.clone())).or_default() += gained;
             }
         }
         self.index = index;
@@ -103,20 +102,20 @@ mod tests {
     fn counters_only_go_on() {
         let mut device = Device::new(IfIndex(4), counters(&[("tbf drops", 1, 100)]));
         for (index, now, drops) in [
-            (4, &[("tbf drops", 1, 100)][..], None),
-            (4, &[("tbf drops", 1, 107)], Some(7)),
+            (4, &[("tbf drops", 1, 100)][..], 0),
+            (4, &[("tbf drops", 1, 107)], 7),
             // Another of its kind beside it, all of whose drops are new.
-            (4, &[("tbf drops", 1, 107), ("tbf drops", 2, 3)], Some(10)),
+            (4, &[("tbf drops", 1, 107), ("tbf drops", 2, 3)], 10),
             // It was replaced.
-            (4, &[("tbf drops", 5, 2)], Some(12)),
+            (4, &[("tbf drops", 5, 2)], 12),
             // It went back.
-            (4, &[("tbf drops", 5, 1)], Some(13)),
+            (4, &[("tbf drops", 5, 1)], 13),
             // Another device: what it had lost before is not known to be ours.
-            (9, &[("tbf drops", 5, 1000)], Some(13)),
-            (9, &[("tbf drops", 5, 1001)], Some(14)),
+            (9, &[("tbf drops", 5, 1000)], 13),
+            (9, &[("tbf drops", 5, 1001)], 14),
         ] {
             device.take(IfIndex(index), counters(now));
-            assert_eq!(device.lost.values().next().copied(), drops, "{now:?}");
+            assert_eq!(device.lost.values().copied().collect::<Vec<_>>(), [drops], "{now:?}");
         }
     }
 }

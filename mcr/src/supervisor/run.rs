@@ -27,6 +27,7 @@ use crate::{
     config::Config,
     datapath::{af_packet, af_xdp, budget},
     ebpf::{self, Former, Object, Placement, RedirectOutput, Steering},
+    metrics::{Question, address::Listener, server::Server},
     net::{
         egress_hooks::EgressHooks,
         egress_socket::{self, SourcePort},
@@ -179,6 +180,7 @@ pub async fn run(
     let (journal, memory) = Journal::open(lock.journal());
     let source_port = hold_source_port(settings.source_port, memory.source_port)?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
+    let metrics = settings.metrics.as_ref().map(|address| address.bind(group)).transpose()?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
     let neighbours = NeighbourWatch::open().context("the neighbours cannot be watched by netlink")?;
     let first = links.snapshot().await.context("the interfaces cannot be read by netlink")?;
@@ -235,9 +237,10 @@ pub async fn run(
         version = env!("CARGO_PKG_VERSION"),
         control = %daemon.settings.control.display(),
         source_port = source_port.get(),
+        metrics = daemon.settings.metrics.as_ref().map(display),
         "ready"
     );
-    let served = daemon.serve(listener, links, incoming, ended).await;
+    let served = daemon.serve(listener, metrics, links, incoming, ended).await;
     daemon.end();
     leave(namespace, lock);
     served
@@ -324,6 +327,7 @@ impl Daemon {
     async fn serve(
         &mut self,
         listener: tokio::net::UnixListener,
+        metrics: Option<Listener>,
         mut links: LinkWatch,
         mut incoming: mpsc::UnboundedReceiver<Event>,
         mut ended: mpsc::UnboundedReceiver<End>,
@@ -332,6 +336,9 @@ impl Daemon {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
         let mut restart = signal(SignalKind::user_defined1())?;
+        let (_metrics, asked) = metrics.map(Server::start).transpose()?.unzip();
+        // Without a server nobody asks.
+        let mut asked = asked.unwrap_or_else(|| mpsc::channel(1).1);
         let (calls, mut called) = mpsc::channel(CALLS);
         let server_end = Arc::new(Notify::new());
         let ending = Arc::clone(&server_end);
@@ -379,6 +386,7 @@ impl Daemon {
                     }
                     self.answer(call).await;
                 }
+                Some(question) = asked.recv() => self.tell(question).await,
                 Some(event) = incoming.recv() => self.take(event).await,
                 Some(end) = ended.recv() => self.bury(end).await,
                 _ = devices.tick() => self.read_devices().await,
@@ -435,6 +443,19 @@ impl Daemon {
         self.look_for_neighbours(false).await;
         if self.service.is_managed() {
             self.service.says(self.status_line());
+        }
+    }
+
+    /// Answers whoever serves the metrics; one that waits no longer misses its answer, nothing else.
+    async fn tell(&mut self, question: Question) {
+        match question {
+            Question::Alive(answer) => drop(answer.send(())),
+            Question::Survey(answer) => {
+                self.read_devices().await;
+                self.read_packet_statistics();
+                self.books.follow_redirected(&self.state, &self.programs);
+                drop(answer.send(self.survey()));
+            }
         }
     }
 

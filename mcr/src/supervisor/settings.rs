@@ -9,7 +9,7 @@ use std::{
 use clap::ValueEnum;
 use toml::Value;
 
-use crate::{rule::DatapathChoice, sys::cpu_list::ranges};
+use crate::{metrics::address::Address, rule::DatapathChoice, sys::cpu_list::ranges};
 
 /// Where the control socket is unless it is said otherwise.
 pub const DEFAULT_CONTROL: &str = "/run/mcr/mcr.sock";
@@ -48,6 +48,8 @@ pub struct Settings {
     pub max_rules: u32,
     /// Seconds without a datagram after which a rule that had some counts as stalled.
     pub stalled_after_s: u32,
+    /// Where metrics are served, if they are.
+    pub metrics: Option<Address>,
     /// eBPF object in place of the embedded one.
     pub bpf_object: Option<PathBuf>,
     pub log_format: LogFormat,
@@ -67,7 +69,7 @@ impl Settings {
     }
 
     /// Each setting by its key in `[daemon]`, with its value as TOML unless it is left to the daemon.
-    pub fn named(&self) -> [(&'static str, Option<String>); 17] {
+    pub fn named(&self) -> [(&'static str, Option<String>); 18] {
         let path = |path: &Path| {
             let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
             Some(Value::String(path.display().to_string()).to_string())
@@ -90,6 +92,7 @@ impl Settings {
             ("source_port", self.source_port.map(|port| port.to_string())),
             ("max_rules", Some(self.max_rules.to_string())),
             ("stalled_after", Some(self.stalled_after_s.to_string())),
+            ("metrics", self.metrics.as_ref().and_then(|address| text(address))),
             ("bpf_object", self.bpf_object.as_ref().and_then(|object| path(object))),
             ("log_format", format.and_then(|format| text(&format))),
             ("log_level", text(&self.log_level)),

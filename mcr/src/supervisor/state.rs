@@ -265,6 +265,11 @@ impl State {
         &self.links
     }
 
+    /// What is joined.
+    pub fn memberships(&self) -> impl Iterator<Item = &Membership> {
+        self.actual.memberships.iter().map(|joined| &joined.membership)
+    }
+
     pub fn next_hops(&self) -> &NextHops {
         &self.next_hops
     }

@@ -74,6 +74,9 @@ impl DropReason {
         Self::WorkerDied,
     ];
 
+    /// The name of what only the kernel drops, where it sends by itself: it passed an output over.
+    pub const SKIPPED: &str = "skipped";
+
     /// The name in `stats`.
     pub const fn name(self) -> &'static str {
         match self {
