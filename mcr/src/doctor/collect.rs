@@ -44,21 +44,15 @@ use crate::{
 /// Where `subject` is neither, or the kernel cannot be asked about interfaces.
 pub fn collect(control: &Path, subject: Option<&str>, lasts: Duration) -> anyhow::Result<Observations> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let mut daemon = Client::connect(control).and_then(|mut client| {
-        let told = ask(&mut client)?;
-        Ok((client, told))
-    });
+    let daemon = Client::connect(control).and_then(|mut client| ask(&mut client));
     let devices = runtime.block_on(devices()).context("the interfaces cannot be read")?;
-    let about = about(subject, daemon.as_ref().ok().map(|(_, told)| told), &devices)?;
-    let rules = daemon.as_ref().map(|(_, told)| &told.rules[..]).unwrap_or_default();
+    let about = about(subject, daemon.as_ref().ok(), &devices)?;
+    let rules = daemon.as_ref().map(|told| &told.rules[..]).unwrap_or_default();
     let look = look_for(&about, rules, &devices, lasts);
     let hooks = runtime.block_on(hooks(rules, &devices));
-    let after = daemon.as_mut().ok().map(|(client, _)| client.call(&stats()));
-    let daemon = match (daemon, after) {
-        (Ok((_, told)), Some(Ok(after))) => Ok(Told { after, ..told }),
-        (Err(error), _) | (_, Some(Err(error))) => Err(silence(&error)),
-        (Ok((_, told)), None) => Ok(told),
-    };
+    // The first connection has been closed for its silence if the look was a long one.
+    let daemon = daemon.and_then(|told| Ok(Told { after: Client::connect(control)?.call(&stats())?, ..told }));
+    let daemon = daemon.map_err(|error| silence(&error));
     let read = |file: &str| fs::read_to_string(format!("/proc/self/net/{file}")).unwrap_or_default();
     Ok(Observations {
         about,
