@@ -32,7 +32,7 @@ use tests::{
     deprive::{self, CAP_IPC_LOCK, CAP_NET_RAW, with_limit, without_capabilities},
     frame::{IP, fix_ip_checksum},
     relay::{CALL, binary},
-    site::{ETH, Membership, Plan, take_redirected},
+    site::{ETH, Membership, Plan},
     source::Stream,
     wait::PATIENCE,
     wait_for, wait_until,

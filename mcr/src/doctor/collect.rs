@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -51,7 +51,8 @@ pub fn collect(control: &Path, subject: Option<&str>, lasts: Duration) -> anyhow
     let look = look_for(&about, rules, &devices, lasts);
     let hooks = runtime.block_on(hooks(rules, &devices));
     // The first connection has been closed for its silence if the look was a long one.
-    let daemon = daemon.and_then(|told| Ok(Told { after: Client::connect(control)?.call(&stats())?, ..told }));
+    let daemon =
+        daemon.and_then(|told| Ok(Told { after: Client::connect(control)?.call(&stats())?, ..told }));
     let daemon = daemon.map_err(|error| silence(&error));
     let read = |file: &str| fs::read_to_string(format!("/proc/self/net/{file}")).unwrap_or_default();
     Ok(Observations {
@@ -236,10 +237,11 @@ async fn hooks(rules: &[Seen], devices: &BTreeMap<InterfaceName, Device>) -> BTr
 /// What `/proc` shows of the daemon.
 fn process(pid: i32) -> Process {
     let namespace = |of: &str, kind: &str| fs::read_link(format!("/proc/{of}/ns/{kind}")).ok();
-    let differ = |kind: &str, other: &str| {
-        let both = namespace(&pid.to_string(), kind).zip(namespace(other, kind));
-        both.is_some_and(|(its, other)| its != other)
-    };
+    let its = |kind: &str| namespace(&pid.to_string(), kind);
+    let differ =
+        |kind: &str, other: Option<PathBuf>| its(kind).zip(other).is_some_and(|(its, other)| its != other);
+    // That of the first process is not for everybody to know.
+    let mounts = namespace("1", "mnt").or_else(|| namespace("self", "mnt"));
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let held = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let held = held.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
@@ -248,8 +250,8 @@ fn process(pid: i32) -> Process {
     Process {
         pid,
         missing: held.map(privileges::lacking).unwrap_or_default(),
-        elsewhere: differ("net", "self"),
-        private_mounts: differ("mnt", "1"),
+        elsewhere: differ("net", namespace("self", "net")),
+        private_mounts: differ("mnt", mounts),
         locked_bytes: locked.and_then(|line| line.split_whitespace().next()?.parse().ok()),
     }
 }

@@ -67,7 +67,7 @@ pub struct Process {
     pub missing: Vec<String>,
     /// It serves another network namespace than the one that was looked at.
     pub elsewhere: bool,
-    /// Its mount namespace is not that of the host's first process.
+    /// Its mount namespace is not that of the host's first process, or, where that may not be known, not ours.
     pub private_mounts: bool,
     /// Its limit of locked memory, if it has one.
     pub locked_bytes: Option<u64>,
