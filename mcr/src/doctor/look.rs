@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mcr_common::parse::{Bytes, ETHERNET_LEN, Reject, parse};
+use mcr_common::parse::{ETHERNET_LEN, Reject, parse};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -19,7 +19,8 @@ use super::facts::{Fate, Look, Sighting};
 use crate::{
     net::packet_socket,
     rule::{IfIndex, InterfaceName},
-    sys::{multicast, packet_tap, socket_option},
+    sys::{multicast, netlink::bytes, packet_tap, socket_option},
+    worker::ingress::Frame,
 };
 
 /// Frames after which no more is looked at on an interface.
@@ -33,23 +34,6 @@ const MOST_GROUPS: usize = 200;
 
 const IGMP: u8 = 2;
 const QUERY: u8 = 0x11;
-
-/// The beginning of a frame.
-struct Beginning<'a> {
-    bytes: &'a [u8],
-    /// Bytes of the whole frame.
-    length: usize,
-}
-
-impl Bytes for Beginning<'_> {
-    fn reaches(&self, len: usize) -> bool {
-        len <= self.length
-    }
-
-    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.bytes.at(offset)
-    }
-}
 
 /// What a frame tells.
 #[derive(Debug, PartialEq, Eq)]
@@ -133,7 +117,7 @@ fn drain(look: &mut Look, name: &InterfaceName, socket: &Socket, frames: &mut u6
     while *frames < MOST_FRAMES {
         let Ok(tapped) = packet_tap::receive(socket, &mut buffer) else { return };
         *frames += 1;
-        let frame = Beginning { bytes: &buffer[..tapped.captured], length: tapped.length };
+        let frame = Frame { bytes: &buffer[..tapped.captured], len: tapped.length, segment: 0 };
         match read(&frame, tapped.vlan) {
             Some(Word::Query(from)) => {
                 look.queriers.insert(name.clone(), from);
@@ -150,13 +134,13 @@ fn drain(look: &mut Look, name: &InterfaceName, socket: &Socket, frames: &mut u6
 }
 
 /// Reads a frame whose tag is beside it.
-fn read(frame: &Beginning<'_>, vlan: Option<u16>) -> Option<Word> {
-    let address = |at| frame.at(ETHERNET_LEN + at).map(|bytes: [u8; 4]| Ipv4Addr::from(bytes));
+fn read(frame: &Frame<'_>, vlan: Option<u16>) -> Option<Word> {
+    let address = |at| bytes(frame.bytes, ETHERNET_LEN + at).map(|octets: [u8; 4]| Ipv4Addr::from(octets));
     let (source, group) = (address(12)?, address(16)?);
-    let [protocol] = frame.at(ETHERNET_LEN + 9)?;
+    let [protocol] = bytes(frame.bytes, ETHERNET_LEN + 9)?;
     if protocol == IGMP {
-        let [first] = frame.at(ETHERNET_LEN)?;
-        let [kind] = frame.at(ETHERNET_LEN + usize::from(first & 0x0f) * 4)?;
+        let [first] = bytes(frame.bytes, ETHERNET_LEN)?;
+        let [kind] = bytes(frame.bytes, ETHERNET_LEN + usize::from(first & 0x0f) * 4)?;
         return (kind == QUERY && vlan.is_none()).then_some(Word::Query(source));
     }
     let fate = match (parse(frame), vlan) {
@@ -189,7 +173,7 @@ mod tests {
     }
 
     fn word(frame: &[u8], vlan: Option<u16>) -> Option<Word> {
-        read(&Beginning { bytes: &frame[..frame.len().min(SNAP)], length: frame.len() }, vlan)
+        read(&Frame { bytes: &frame[..frame.len().min(SNAP)], len: frame.len(), segment: 0 }, vlan)
     }
 
     #[test]

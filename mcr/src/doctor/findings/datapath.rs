@@ -85,6 +85,17 @@ fn obstacle(name: &InterfaceName, device: &Device, words: Option<&str>) -> Optio
             format!("end whose it is, or: sudo ip link set dev {name} xdp off"),
         ));
     }
+    // A veth says that it runs none as long as it has fewer than its peer sends by.
+    if says("too few RX queues") || kind == "veth" && device.native_xdp == Some(false) {
+        let queues = link.rx_queues;
+        let which = if kind == "veth" { "rx" } else { "combined" };
+        let next = match device.most_rx_queues.filter(|most| *most > queues) {
+            Some(most) => format!("sudo ethtool -L {name} {which} {most}"),
+            None => format!("at its other end: ethtool -L INTERFACE tx {queues}"),
+        };
+        let what = format!("its RX queues ({queues}) are too few for native XDP");
+        return Some((Code::TooFewQueues, what, next));
+    }
     if device.native_xdp == Some(false) {
         let what = format!("its driver ({kind}) runs no XDP programs");
         return Some((
@@ -96,13 +107,6 @@ fn obstacle(name: &InterfaceName, device: &Device, words: Option<&str>) -> Optio
     if af_xdp::chunk_bytes(link.mtu).is_err() || says("MTU") {
         let what = format!("its MTU of {} is too large for native XDP", link.mtu);
         return Some((Code::MtuTooLarge, what, format!("sudo ip link set {name} mtu 1500")));
-    }
-    if let Some(most) =
-        device.most_rx_queues.filter(|most| says("too few RX queues") && *most > link.rx_queues)
-    {
-        let what = format!("its {} of {most} RX queues are too few for native XDP", link.rx_queues);
-        let which = if kind == "veth" { "rx" } else { "combined" };
-        return Some((Code::TooFewQueues, what, format!("sudo ethtool -L {name} {which} {most}")));
     }
     let what = format!("native XDP is refused there: {}", words?);
     Some((Code::XdpRefused, what, format!("ethtool -i {name}; see the daemon's log")))

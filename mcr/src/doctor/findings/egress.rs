@@ -34,19 +34,30 @@ pub fn decide(seen: &Observations, outcome: &mut Outcome) {
                 let next = admit(output, &hook);
                 outcome.push(Finding::problem(Code::Filtered, of_rule(&flow), what, next).only_if(now > 0));
             }
-            let (refused, now) = lost("unreachable");
+            let (silent, now) = lost("unreachable");
+            let (name, to) = (&output.interface, output.destination);
             let pending =
                 flow.rule.info.outputs.iter().any(|info| info.to == after.to && info.reason.is_some());
-            if refused > 0 && !pending {
+            if silent > 0 && !pending {
                 let what = format!(
-                    "{} datagrams to {} were refused by the host there, or nobody answered for it",
-                    so_many(refused, now),
-                    after.to
+                    "{} datagrams to {to} were dropped while it could not be reached",
+                    so_many(silent, now)
                 );
-                let next =
-                    format!("on {}: start what is to receive on port {}", output.destination, output.port);
-                outcome
-                    .push(Finding::problem(Code::OutputDrops, of_rule(&flow), what, next).only_if(now > 0));
+                let next = format!("ip neigh show dev {name}; ip route get {to} oif {name}");
+                outcome.push(Finding::problem(Code::HostSilent, of_rule(&flow), what, next).only_if(now > 0));
+            }
+            // What was sent again had met the word of an earlier datagram.
+            let refused = after.retried.saturating_sub(before.map_or(0, |before| before.retried));
+            if refused > 0 {
+                let what = format!(
+                    "{to} answers that nobody there receives on port {}, or that it may not be sent to",
+                    output.port
+                );
+                let next = format!(
+                    "on {to}: start what is to receive, or open its firewall for UDP port {}",
+                    output.port
+                );
+                outcome.push(Finding::problem(Code::HostRefuses, of_rule(&flow), what, next));
             }
         }
     }

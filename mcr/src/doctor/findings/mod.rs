@@ -81,6 +81,7 @@ pub enum Code {
     Filtered,
     NoRoute,
     HostSilent,
+    HostRefuses,
     OutputPending,
     ListenerBlind,
     Ptp,
