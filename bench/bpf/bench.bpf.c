@@ -18,8 +18,10 @@ static void *(*map_lookup_elem)(void *map, const void *key) = (void *)1;
 static u64 (*ktime_get_ns)(void) = (void *)5;
 static u64 (*ktime_get_tai_ns)(void) = (void *)208;
 static long (*redirect)(u32 ifindex, u64 flags) = (void *)23;
+static long (*redirect_map)(void *map, u64 key, u64 flags) = (void *)51;
 
-enum { MAP_TYPE_ARRAY = 2, MAP_TYPE_PERCPU_ARRAY = 6 };
+enum { MAP_TYPE_ARRAY = 2, MAP_TYPE_PERCPU_ARRAY = 6, MAP_TYPE_DEVMAP = 14 };
+enum { BROADCAST = 8 };
 enum { ABORTED = 0, DROP = 1, PASS = 2 };
 enum { ETH_IPV4 = 0x0800, UDP = 17, HEADERS = 14 + 20 + 8 };
 
@@ -277,6 +279,19 @@ SEC("xdp") int delay(struct xdp_md *context)
 SEC("xdp") int ceiling(struct xdp_md *context)
 {
     return is_udp(context) ? redirect(target_ifindex, 0) : PASS;
+}
+
+// The devices of the outputs, one as often as it has outputs. A broadcast walks the whole map: it is made for so many.
+struct {
+    UINT(type, MAP_TYPE_DEVMAP);
+    UINT(max_entries, 1);
+    TYPE(key, u32);
+    TYPE(value, u32);
+} fan SEC(".maps");
+
+SEC("xdp") int fan_ceiling(struct xdp_md *context)
+{
+    return is_udp(context) ? redirect_map(&fan, 0, BROADCAST) : PASS;
 }
 
 char gpl_compatible[] SEC("license") = "Dual MIT/GPL";

@@ -24,7 +24,7 @@ pub enum System {
     Socat,
     /// The kernel's own multicast routing, set up by smcroute. It forwards and translates nothing.
     KernelRouting,
-    /// An XDP program that redirects every datagram as it is.
+    /// An XDP program that redirects every datagram as it is, to several outputs by a broadcast.
     Ceiling,
     /// Source and sink on one cable.
     NoRelay,
@@ -90,6 +90,10 @@ impl System {
             }
             Self::Socat => running.processes = socat(bench, site, work)?,
             Self::KernelRouting => running.processes = vec![smcroute(bench, site, work.rules)?],
+            Self::Ceiling if work.outputs > 1 => {
+                let host = &site.relay().host;
+                running.ceiling = Some(programs::attach_fan(host, INGRESS, EGRESS, work.outputs)?);
+            }
             Self::Ceiling => {
                 let host = &site.relay().host;
                 let egress = programs::interface_index(host, EGRESS)?;

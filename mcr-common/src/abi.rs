@@ -1,7 +1,7 @@
 //! The version of everything that crosses the boundary between the eBPF object and user space.
 
 /// Raised whenever a shared type, a map's name or shape, or the meaning of a field changes.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Symbol in the eBPF object that holds [`ABI_VERSION`] as four bytes, little endian.
 pub const ABI_SYMBOL: &str = "MCR_ABI_VERSION";

@@ -21,22 +21,33 @@ const FRAGMENT_MASK: u16 = 0x3fff;
 
 /// How the parser reaches a frame, from its Ethernet header on.
 pub trait Bytes {
-    /// Whether the frame has at least `len` bytes.
-    fn reaches(&self, len: usize) -> bool;
+    /// How many bytes the frame has. Asked once at most.
+    fn frame_len(&self) -> usize;
 
-    /// `N` bytes at `offset`, or `None` where the frame ends before.
-    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+    /// Two bytes at `offset`, or `None` where the frame ends before.
+    fn pair(&self, offset: usize) -> Option<[u8; 2]>;
+
+    /// `N` words of four bytes at `offset`, each as it lies in memory, or `None` where the frame ends before. A parser
+    /// that took bytes would be compiled to take them one by one.
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]>;
 }
 
 impl Bytes for &[u8] {
     #[inline]
-    fn reaches(&self, len: usize) -> bool {
-        len <= self.len()
+    fn frame_len(&self) -> usize {
+        self.len()
     }
 
     #[inline]
-    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.get(offset..offset.checked_add(N)?)?.try_into().ok()
+    fn pair(&self, offset: usize) -> Option<[u8; 2]> {
+        self.get(offset..offset.checked_add(2)?)?.try_into().ok()
+    }
+
+    #[inline]
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        let (words, _) = self.get(offset..)?.as_chunks();
+        let words: &[[u8; 4]; N] = words.first_chunk()?;
+        Some(words.map(u32::from_ne_bytes))
     }
 }
 
@@ -55,6 +66,8 @@ pub struct Datagram {
     pub tos: u8,
     /// Length of the UDP payload, which starts at [`PAYLOAD_OFFSET`] and lies within the frame.
     pub payload_len: u16,
+    /// Length of what lies behind it in the frame.
+    pub trailer_len: u32,
 }
 
 /// Why a frame is none that can be relayed.
@@ -87,25 +100,28 @@ pub enum Reject {
 /// own UDP receive path.
 #[inline(always)]
 pub fn parse(frame: &impl Bytes) -> Result<Datagram, Reject> {
-    let ethertype = u16::from_be_bytes(frame.at(12).ok_or(Reject::Truncated)?);
+    let ethertype = u16::from_be_bytes(frame.pair(12).ok_or(Reject::Truncated)?);
     match ethertype {
         ETHERTYPE_IPV4 => {}
         ETHERTYPE_8021Q | ETHERTYPE_8021AD => return Err(Reject::Vlan),
         _ => return Err(Reject::NotIpv4),
     }
 
-    let ip: [u8; IPV4_LEN] = frame.at(ETHERNET_LEN).ok_or(Reject::Truncated)?;
-    let group = [ip[16], ip[17], ip[18], ip[19]];
-    if ip[0] >> 4 != 4 {
+    let ip: [u32; IPV4_LEN / 4] = frame.words(ETHERNET_LEN).ok_or(Reject::Truncated)?;
+    let [version, tos, len_high, len_low] = ip[0].to_ne_bytes();
+    let [_, _, fragment_high, fragment_low] = ip[1].to_ne_bytes();
+    let [ttl, protocol, ..] = ip[2].to_ne_bytes();
+    let (source, group) = (ip[3].to_ne_bytes(), ip[4].to_ne_bytes());
+    if version >> 4 != 4 {
         return Err(Reject::Malformed);
     }
     if group[0] & 0xf0 != 0xe0 {
         return Err(Reject::NotMulticast);
     }
-    if ip[9] != PROTOCOL_UDP {
+    if protocol != PROTOCOL_UDP {
         return Err(Reject::NotUdp);
     }
-    match ip[0] & 0x0f {
+    match version & 0x0f {
         0..5 => return Err(Reject::Malformed),
         5 => {}
         _ => return Err(Reject::IpOptions),
@@ -113,44 +129,49 @@ pub fn parse(frame: &impl Bytes) -> Result<Datagram, Reject> {
     if !header_checksum_holds(&ip) {
         return Err(Reject::BadChecksum);
     }
-    if u16::from_be_bytes([ip[6], ip[7]]) & FRAGMENT_MASK != 0 {
+    if u16::from_be_bytes([fragment_high, fragment_low]) & FRAGMENT_MASK != 0 {
         return Err(Reject::Fragment);
     }
-    let total_len = u16::from_be_bytes([ip[2], ip[3]]) as usize;
+    let total_len = usize::from(u16::from_be_bytes([len_high, len_low]));
     if total_len < IPV4_LEN + UDP_LEN {
         return Err(Reject::Malformed);
     }
-    let udp: [u8; UDP_LEN] = frame.at(ETHERNET_LEN + IPV4_LEN).ok_or(Reject::Truncated)?;
-    if !frame.reaches(ETHERNET_LEN + total_len) {
+    let udp: [u32; UDP_LEN / 4] = frame.words(ETHERNET_LEN + IPV4_LEN).ok_or(Reject::Truncated)?;
+    let frame_len = frame.frame_len();
+    if frame_len < ETHERNET_LEN + total_len {
         return Err(Reject::Truncated);
     }
 
-    let udp_len = u16::from_be_bytes([udp[4], udp[5]]) as usize;
+    let [_, _, port_high, port_low] = udp[0].to_ne_bytes();
+    let [udp_len_high, udp_len_low, ..] = udp[1].to_ne_bytes();
+    let udp_len = usize::from(u16::from_be_bytes([udp_len_high, udp_len_low]));
     if udp_len < UDP_LEN || udp_len > total_len - IPV4_LEN {
         return Err(Reject::Malformed);
     }
 
     Ok(Datagram {
-        source: [ip[12], ip[13], ip[14], ip[15]],
+        source,
         group,
-        port: [udp[2], udp[3]],
-        ttl: ip[8],
-        tos: ip[1],
+        port: [port_high, port_low],
+        ttl,
+        tos,
         payload_len: (udp_len - UDP_LEN) as u16,
+        trailer_len: (frame_len - ETHERNET_LEN - IPV4_LEN - udp_len) as u32,
     })
 }
 
 /// RFC 1071: the ones' complement sum over a header with its checksum is all ones.
 #[inline(always)]
-fn header_checksum_holds(ip: &[u8; IPV4_LEN]) -> bool {
-    let mut sum = 0u32;
-    let mut i = 0;
-    while i < IPV4_LEN {
-        // The sum knows no byte order.
-        sum += u32::from(u16::from_ne_bytes([ip[i], ip[i + 1]]));
-        i += 2;
-    }
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum == 0xffff
+fn header_checksum_holds(ip: &[u32; IPV4_LEN / 4]) -> bool {
+    let [a, b, c, d, e] = *ip;
+    fold(u64::from(a) + u64::from(b) + u64::from(c) + u64::from(d) + u64::from(e)) == 0xffff
+}
+
+/// The ones' complement sum of 16 bits (RFC 1071) of what was added up in words of 16 or 32 bits. It knows no byte order.
+#[inline(always)]
+pub(crate) const fn fold(sum: u64) -> u16 {
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
 }

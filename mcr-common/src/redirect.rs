@@ -1,11 +1,12 @@
 //! The redirect datapath: how a frame finds its outputs inside the kernel, and what it bears when it leaves.
 //!
-//! The XDP program broadcasts a rule's frame to the devices of its *fan*, and puts a [`Tag`] in front of every clone.
+//! The XDP program broadcasts a rule's frame to the devices of its *fan*, and puts a [`Tag`] into every clone, in the place of
+//! its MAC addresses, which the egress program writes anew.
 //! The egress program on each device finds the clone's output by the tag: a fan's outputs on one device are a
 //! [`Chain`] of [`Record`]s, taken in turn by the clones of one frame, in the order of the device map. A rule has
 //! two fans, used by turns, so that a set of outputs is built while the former is in use and takes over at once.
 
-use crate::parse::{IPV4_LEN, PAYLOAD_OFFSET};
+use crate::parse::{IPV4_LEN, PAYLOAD_OFFSET, fold};
 
 /// Most outputs of a fan.
 pub const MOST_OUTPUTS: u32 = 256;
@@ -119,8 +120,8 @@ pub struct Chain {
     pub first: u32,
 }
 
-/// Length of a tag as it stands in front of a frame.
-pub const TAG_WORDS: usize = 6;
+/// Length of a tag, which stands in a frame where its MAC addresses were.
+pub const TAG_LEN: usize = 12;
 
 /// What the XDP program tells the egress program of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,28 +132,19 @@ pub struct Tag {
 }
 
 impl Tag {
-    /// In words, since frames start at even addresses and no better.
     #[inline(always)]
-    pub const fn to_words(self) -> [u16; TAG_WORDS] {
-        let Self { sequence, fan } = self;
-        [
-            sequence as u16,
-            (sequence >> 16) as u16,
-            (sequence >> 32) as u16,
-            (sequence >> 48) as u16,
-            fan as u16,
-            (fan >> 16) as u16,
-        ]
+    pub const fn to_bytes(self) -> [u8; TAG_LEN] {
+        let ([a, b, c, d, e, f, g, h], [i, j, k, l]) = (self.sequence.to_ne_bytes(), self.fan.to_ne_bytes());
+        [a, b, c, d, e, f, g, h, i, j, k, l]
     }
 
+    /// The tag at the beginning of a frame.
     #[inline(always)]
-    pub const fn from_words(words: [u16; TAG_WORDS]) -> Self {
+    pub const fn of(headers: &Headers) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = *headers;
         Self {
-            sequence: words[0] as u64
-                | (words[1] as u64) << 16
-                | (words[2] as u64) << 32
-                | (words[3] as u64) << 48,
-            fan: words[4] as u32 | (words[5] as u32) << 16,
+            sequence: u64::from_ne_bytes([a, b, c, d, e, f, g, h]),
+            fan: u32::from_ne_bytes([i, j, k, l]),
         }
     }
 }
@@ -167,30 +159,30 @@ pub enum Refusal {
 }
 
 /// Ethernet, IPv4 and UDP headers of a frame that the parser accepts, as they lie in memory.
-pub type Headers = [u16; PAYLOAD_OFFSET / 2];
+pub type Headers = [u8; PAYLOAD_OFFSET];
 
-// Words of the headers.
-const VERSION_TOS: usize = 7;
-const TOTAL_LEN: usize = 8;
-const ID: usize = 9;
-const FRAGMENT: usize = 10;
-const TTL_PROTOCOL: usize = 11;
-const IP_CHECKSUM: usize = 12;
-const SOURCE: usize = 13;
-const DESTINATION: usize = 15;
-const SOURCE_PORT: usize = 17;
-const DESTINATION_PORT: usize = 18;
-const UDP_LEN: usize = 19;
-const UDP_CHECKSUM: usize = 20;
+// Where they are.
+const DESTINATION_MAC: usize = 0;
+const SOURCE_MAC: usize = 6;
+const VERSION: usize = 14;
+const TOS: usize = 15;
+const ID: usize = 18;
+const TTL: usize = 22;
+const SOURCE: usize = 26;
+const DESTINATION: usize = 30;
+const PORTS: usize = 34;
+const UDP_LENGTH: usize = 38;
+const UDP_CHECKSUM: usize = 40;
 
 const VERSION_IHL: u8 = 0x45;
-const DONT_FRAGMENT: u16 = 0x4000;
+/// IP ID 0, DF, no offset.
+const NEVER_FRAGMENTED: [u8; 4] = [0, 0, 0x40, 0];
 const PROTOCOL_UDP: u8 = 17;
 
 /// Length of the IP datagram that is sent for these headers: what lies behind the UDP length is no part of it.
 #[inline(always)]
 pub const fn datagram_len(headers: &Headers) -> u32 {
-    IPV4_LEN as u32 + u16::from_be(headers[UDP_LEN]) as u32
+    IPV4_LEN as u32 + u16::from_be_bytes([headers[UDP_LENGTH], headers[UDP_LENGTH + 1]]) as u32
 }
 
 /// Makes the headers of a received datagram those of the one that an output sends, or leaves them as they are.
@@ -204,105 +196,72 @@ pub fn rewrite(headers: &mut Headers, output: &Rewrite) -> Result<(), Refusal> {
     if len > output.mtu {
         return Err(Refusal::TooBig);
     }
-    let [received_ttl, _] = headers[TTL_PROTOCOL].to_ne_bytes();
     let ttl = match output.ttl_mode {
-        ttl::COPY => received_ttl,
-        ttl::DECREMENT => received_ttl.saturating_sub(1),
+        ttl::COPY => headers[TTL],
+        ttl::DECREMENT => headers[TTL].saturating_sub(1),
         _ => output.ttl,
     };
     if ttl == 0 {
         return Err(Refusal::TtlExpired);
     }
-    let [_, received_tos] = headers[VERSION_TOS].to_ne_bytes();
-    let tos = if output.tos_mode == tos::COPY { received_tos & !3 } else { output.tos };
+    let tos = if output.tos_mode == tos::COPY { headers[TOS] & !3 } else { output.tos };
     let udp_checksum = udp_checksum(headers, output);
+    let [len_high, len_low] = (len as u16).to_be_bytes();
+    let version = [VERSION_IHL, tos, len_high, len_low];
+    let ip_sum = long(&version, 0)
+        + long(&NEVER_FRAGMENTED, 0)
+        + long(&[ttl, PROTOCOL_UDP, 0, 0], 0)
+        + long(&output.source, 0)
+        + long(&output.destination, 0);
+    let [checksum_high, checksum_low] = (!fold(ip_sum)).to_ne_bytes();
+    let [from_high, from_low] = output.source_port;
+    let [to_high, to_low] = output.destination_port;
 
-    let [source_high, source_low] = words(output.source);
-    let [destination_high, destination_low] = words(output.destination);
-    let version_tos = u16::from_ne_bytes([VERSION_IHL, tos]);
-    let total_len = (len as u16).to_be();
-    let ttl_protocol = u16::from_ne_bytes([ttl, PROTOCOL_UDP]);
-    let ip_checksum = !fold(sum(&[
-        version_tos,
-        total_len,
-        DONT_FRAGMENT.to_be(),
-        ttl_protocol,
-        source_high,
-        source_low,
-        destination_high,
-        destination_low,
-    ]));
-
-    [headers[0], headers[1], headers[2]] = mac(output.destination_mac);
-    [headers[3], headers[4], headers[5]] = mac(output.source_mac);
-    headers[VERSION_TOS] = version_tos;
-    headers[TOTAL_LEN] = total_len;
-    headers[ID] = 0;
-    headers[FRAGMENT] = DONT_FRAGMENT.to_be();
-    headers[TTL_PROTOCOL] = ttl_protocol;
-    headers[IP_CHECKSUM] = ip_checksum;
-    headers[SOURCE] = source_high;
-    headers[SOURCE + 1] = source_low;
-    headers[DESTINATION] = destination_high;
-    headers[DESTINATION + 1] = destination_low;
-    headers[SOURCE_PORT] = u16::from_ne_bytes(output.source_port);
-    headers[DESTINATION_PORT] = u16::from_ne_bytes(output.destination_port);
-    headers[UDP_CHECKSUM] = udp_checksum;
+    put(headers, DESTINATION_MAC, output.destination_mac);
+    put(headers, SOURCE_MAC, output.source_mac);
+    put(headers, VERSION, version);
+    put(headers, ID, NEVER_FRAGMENTED);
+    put(headers, TTL, [ttl, PROTOCOL_UDP, checksum_high, checksum_low]);
+    put(headers, SOURCE, output.source);
+    put(headers, DESTINATION, output.destination);
+    put(headers, PORTS, [from_high, from_low, to_high, to_low]);
+    put(headers, UDP_CHECKSUM, udp_checksum.to_ne_bytes());
     Ok(())
 }
 
 /// The UDP checksum that goes with an output's addresses and ports; 0 for none.
 #[inline(always)]
 fn udp_checksum(headers: &Headers, output: &Rewrite) -> u16 {
-    let checksum = headers[UDP_CHECKSUM];
-    let addresses =
-        sum(&[headers[SOURCE], headers[SOURCE + 1], headers[DESTINATION], headers[DESTINATION + 1]]);
-    let pseudo_header =
-        addresses + u32::from(u16::from_ne_bytes([0, PROTOCOL_UDP])) + u32::from(headers[UDP_LEN]);
+    let checksum = u16::from_ne_bytes([headers[UDP_CHECKSUM], headers[UDP_CHECKSUM + 1]]);
+    let addresses = long(headers, SOURCE) + long(headers, DESTINATION);
+    let length = u16::from_ne_bytes([headers[UDP_LENGTH], headers[UDP_LENGTH + 1]]);
+    let pseudo_header = addresses + u64::from(u16::from_ne_bytes([0, PROTOCOL_UDP])) + u64::from(length);
     if checksum == 0 || checksum == fold(pseudo_header) {
         return 0;
     }
-    let former = fold(addresses + sum(&[headers[SOURCE_PORT], headers[DESTINATION_PORT]]));
-    let new = sum(&words(output.source))
-        + sum(&words(output.destination))
-        + u32::from(u16::from_ne_bytes(output.source_port))
-        + u32::from(u16::from_ne_bytes(output.destination_port));
-    match !fold(u32::from(!checksum) + u32::from(!former) + new) {
+    // Less a word is more its complement.
+    const THREE_WORDS: u64 = 3 * u32::MAX as u64;
+    let less_former = THREE_WORDS - (addresses + long(headers, PORTS));
+    let [from_high, from_low] = output.source_port;
+    let [to_high, to_low] = output.destination_port;
+    let new = long(&output.source, 0)
+        + long(&output.destination, 0)
+        + long(&[from_high, from_low, to_high, to_low], 0);
+    match !fold(u64::from(!checksum) + less_former + new) {
         0 => 0xffff,
         checksum => checksum,
     }
 }
 
+/// Four bytes as they lie in memory, to be added up.
 #[inline(always)]
-const fn words(address: [u8; 4]) -> [u16; 2] {
-    [u16::from_ne_bytes([address[0], address[1]]), u16::from_ne_bytes([address[2], address[3]])]
+fn long<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
+    u64::from(u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]))
 }
 
 #[inline(always)]
-const fn mac(address: [u8; 6]) -> [u16; 3] {
-    [
-        u16::from_ne_bytes([address[0], address[1]]),
-        u16::from_ne_bytes([address[2], address[3]]),
-        u16::from_ne_bytes([address[4], address[5]]),
-    ]
-}
-
-#[inline(always)]
-fn sum<const N: usize>(words: &[u16; N]) -> u32 {
-    let mut sum = 0;
-    let mut word = 0;
-    while word < N {
-        sum += u32::from(words[word]);
-        word += 1;
-    }
-    sum
-}
-
-/// The ones' complement sum of 16 bits (RFC 1071), which knows no byte order.
-#[inline(always)]
-const fn fold(sum: u32) -> u16 {
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
+fn put<const N: usize>(headers: &mut Headers, at: usize, bytes: [u8; N]) {
+    headers[at..at + N].copy_from_slice(&bytes);
 }
 
 const _: () = assert!(size_of::<Rewrite>() == 32 && align_of::<Rewrite>() == 4);

@@ -5,13 +5,13 @@ use core::{ffi::c_void, mem::MaybeUninit};
 use aya_ebpf::{
     bindings::__sk_buff,
     btf_maps::{HashMap, PerCpuArray, PerCpuHashMap},
-    helpers::{bpf_loop, bpf_skb_load_bytes, bpf_xdp_adjust_meta, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
+    helpers::{bpf_loop, bpf_skb_load_bytes, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
     programs::{SkBuffContext, XdpContext},
 };
 use mcr_common::{
     flow::{FlowKey4, FlowValue},
     parse::Bytes,
-    redirect::{Headers, TAG_WORDS, Tag},
+    redirect::{Headers, TAG_LEN, Tag},
 };
 
 /// A frame in packet memory.
@@ -26,80 +26,55 @@ impl<'a> Frame<'a> {
     pub fn new(ctx: &'a XdpContext) -> Self {
         Self { ctx, start: ctx.data(), end: ctx.data_end() }
     }
+
+    /// `T` is of bytes or words alone.
+    #[inline(always)]
+    fn read<T: Copy>(&self, offset: usize) -> Option<T> {
+        if self.start + offset + size_of::<T>() > self.end {
+            return None;
+        }
+        // SAFETY: the bytes lie between data and data_end, as just checked (and as the verifier checks again), and any
+        // of them make a `T`.
+        Some(unsafe { ((self.start + offset) as *const T).read_unaligned() })
+    }
 }
 
 impl Bytes for Frame<'_> {
     /// By the kernel's word: computing it from packet pointers would take `CAP_PERFMON`.
     #[inline(always)]
-    fn reaches(&self, len: usize) -> bool {
+    fn frame_len(&self) -> usize {
         // SAFETY: the context is the program's own.
-        len <= unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
+        unsafe { bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
     }
 
     #[inline(always)]
-    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        const { assert!(N.is_multiple_of(2)) };
-        if self.start + offset + N > self.end {
-            return None;
-        }
-        let mut bytes = [0; N];
-        let mut at = 0;
-        while at < N {
-            // By words, which are half as many as bytes.
-            // SAFETY: the N bytes lie between data and data_end, as just checked (and as the verifier checks again). Frames
-            // start at even addresses, and the parser asks at even offsets.
-            let word = unsafe { ((self.start + offset + at) as *const u16).read() };
-            [bytes[at], bytes[at + 1]] = word.to_ne_bytes();
-            at += 2;
-        }
-        Some(bytes)
+    fn pair(&self, offset: usize) -> Option<[u8; 2]> {
+        self.read(offset)
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        self.read(offset)
     }
 }
 
-const TAG_LEN: usize = 2 * TAG_WORDS;
-
-/// Makes room for a tag in front of a frame; `false` where the driver has none.
-#[inline(always)]
-pub fn make_room(ctx: &XdpContext) -> bool {
-    // SAFETY: the context is the program's own; pointers into the frame are taken anew.
-    unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(TAG_LEN as i32)) == 0 }
-}
-
-/// Writes a tag where [`make_room`] made room.
+/// Writes a tag over the MAC addresses of a frame.
 #[inline(always)]
 pub fn write_tag(ctx: &XdpContext, tag: Tag) -> bool {
-    let start = ctx.metadata();
-    if start + TAG_LEN > ctx.data() {
+    let start = ctx.data();
+    if start + TAG_LEN > ctx.data_end() {
         return false;
     }
-    // SAFETY: the bytes lie between data_meta and data, as just checked (and as the verifier checks again). Frames
-    // start at even addresses.
-    unsafe { (start as *mut [u16; TAG_WORDS]).write(tag.to_words()) };
+    // SAFETY: the bytes lie between data and data_end, as just checked (and as the verifier checks again).
+    unsafe { (start as *mut [u8; TAG_LEN]).write(tag.to_bytes()) };
     true
 }
 
-/// Takes the tag off a frame.
+/// Cuts a frame's last `len` bytes off.
 #[inline(always)]
-pub fn take_tag(ctx: &XdpContext) -> Option<Tag> {
-    let start = ctx.metadata();
-    if start + TAG_LEN > ctx.data() {
-        return None;
-    }
-    // SAFETY: as in `write_tag`.
-    let words = unsafe { (start as *const [u16; TAG_WORDS]).read() };
-    // The receiver may be another relay on this host: what stays in front adds up, and there is room for little.
+pub fn trim(ctx: &XdpContext, len: u32) -> bool {
     // SAFETY: the context is the program's own; pointers into the frame are taken anew.
-    let taken = unsafe { bpf_xdp_adjust_meta(ctx.ctx, TAG_LEN as i32) == 0 };
-    taken.then_some(Tag::from_words(words))
-}
-
-/// Cuts what lies behind the first `len` bytes of a frame that has as many.
-#[inline(always)]
-pub fn trim(ctx: &XdpContext, len: usize) -> bool {
-    // SAFETY: the context is the program's own.
-    let excess = unsafe { bpf_xdp_get_buff_len(ctx.ctx) } as i32 - len as i32;
-    // SAFETY: as above; pointers into the frame are taken anew.
-    excess <= 0 || unsafe { bpf_xdp_adjust_tail(ctx.ctx, -excess) == 0 }
+    len == 0 || unsafe { bpf_xdp_adjust_tail(ctx.ctx, (len as i32).wrapping_neg()) == 0 }
 }
 
 /// The device that a frame is leaving by. For egress programs only.
@@ -117,7 +92,7 @@ pub fn headers(ctx: &mut XdpContext) -> Option<&mut Headers> {
         return None;
     }
     // SAFETY: the bytes lie between data and data_end, as just checked (and as the verifier checks again), and are
-    // this program's alone as long as the context is borrowed. Frames start at even addresses.
+    // this program's alone as long as the context is borrowed.
     Some(unsafe { &mut *(start as *mut Headers) })
 }
 
@@ -145,6 +120,19 @@ impl<'a> Buffered<'a> {
         self.buffer().gso_size
     }
 
+    /// `T` is of bytes or words alone.
+    #[inline(always)]
+    fn load<T: Copy>(&self, offset: usize) -> Option<T> {
+        // Not zeroed: a call of memset is arithmetic on a pointer that takes CAP_PERFMON.
+        let mut value = MaybeUninit::<T>::uninit();
+        let (to, len) = (value.as_mut_ptr().cast(), size_of::<T>() as u32);
+        // Also from what lies in pages beside the buffer, which `bpf_skb_load_bytes_relative` does not reach.
+        // SAFETY: the helper writes as many bytes into the value, or fails and says so.
+        let result = unsafe { bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, to, len) };
+        // SAFETY: all bytes were written, and any of them make a `T`.
+        (result == 0).then(|| unsafe { value.assume_init() })
+    }
+
     #[inline(always)]
     fn buffer(&self) -> &__sk_buff {
         // SAFETY: the kernel hands the program a live context, which the verifier guards.
@@ -154,21 +142,18 @@ impl<'a> Buffered<'a> {
 
 impl Bytes for Buffered<'_> {
     #[inline(always)]
-    fn reaches(&self, len: usize) -> bool {
-        len <= self.buffer().len as usize
+    fn frame_len(&self) -> usize {
+        self.buffer().len as usize
     }
 
     #[inline(always)]
-    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        // Not zeroed: a call of memset is arithmetic on a pointer that takes CAP_PERFMON.
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-        // Also from what lies in pages beside the buffer, which `bpf_skb_load_bytes_relative` does not reach.
-        // SAFETY: the helper writes N bytes into the array, or fails and says so.
-        let result = unsafe {
-            bpf_skb_load_bytes(self.ctx.skb.skb.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
-        };
-        // SAFETY: all N bytes were written.
-        (result == 0).then(|| unsafe { bytes.assume_init() })
+    fn pair(&self, offset: usize) -> Option<[u8; 2]> {
+        self.load(offset)
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        self.load(offset)
     }
 }
 

@@ -103,7 +103,11 @@ fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
         action::LOOP => Verdict::Looped,
         // The filter counts the rule's datagrams.
         action::PASS => return Verdict::AfPacket,
-        action::REDIRECT => redirect::broadcast(ctx, flow.rule, datagram),
+        action::REDIRECT => {
+            let verdict = redirect::broadcast(ctx, flow.rule, datagram);
+            count_redirect(flow.rule, &verdict, datagram.payload_len);
+            return verdict;
+        }
         // With an empty slot the helper answers the action in the flags' low bits.
         _ if SOCKETS.redirect(ctx.rx_queue_index(), u64::from(xdp_action::XDP_PASS)).is_ok() => {
             Verdict::Steered
@@ -178,11 +182,21 @@ fn count_rule(slot: u32, verdict: &Verdict, datagrams: u32, bytes: u16) {
         // No branches: a pointer to one of several fields is arithmetic that takes CAP_PERFMON.
         count(&mut rule.no_worker, datagrams * u64::from(matches!(verdict, Verdict::NoWorker)));
         count(&mut rule.looped, datagrams * u64::from(matches!(verdict, Verdict::Looped)));
-        count(&mut rule.redirected, datagrams * u64::from(matches!(verdict, Verdict::Redirected)));
-        count(&mut rule.no_output, datagrams * u64::from(matches!(verdict, Verdict::NoOutput)));
-        count(&mut rule.not_redirected, datagrams * u64::from(matches!(verdict, Verdict::NotRedirected)));
-        let taken = matches!(verdict, Verdict::Redirected | Verdict::NoOutput);
-        count(&mut rule.redirect_bytes, u64::from(bytes) * u64::from(taken));
+    });
+}
+
+/// Counts a datagram of a rule that redirects.
+#[inline(always)]
+fn count_redirect(slot: u32, verdict: &Verdict, bytes: u16) {
+    kernel::update(&RULES, slot, |rule| {
+        count(&mut rule.matched, 1);
+        count(&mut rule.matched_bytes, u64::from(bytes));
+        // As above.
+        let not_redirected = matches!(verdict, Verdict::NotRedirected);
+        count(&mut rule.redirected, u64::from(matches!(verdict, Verdict::Redirected)));
+        count(&mut rule.no_output, u64::from(matches!(verdict, Verdict::NoOutput)));
+        count(&mut rule.not_redirected, u64::from(not_redirected));
+        count(&mut rule.redirect_bytes, u64::from(bytes) * u64::from(!not_redirected));
     });
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::{
 use mcr_common::{
     abi,
     counters::OutputCounters,
-    parse::{Datagram, IPV4_LEN, PAYLOAD_OFFSET, UDP_LEN},
+    parse::{Datagram, IPV4_LEN, UDP_LEN},
     redirect::{self, Chain, ChainKey, Fan, MOST_OUTPUTS, MTU_SLACK, Record, Refusal, Tag},
 };
 
@@ -55,8 +55,7 @@ pub fn broadcast(ctx: &XdpContext, rule: u32, datagram: &Datagram) -> Verdict {
         return Verdict::NoOutput;
     };
     // What lies behind the datagram is not sent on.
-    let len = PAYLOAD_OFFSET + usize::from(datagram.payload_len);
-    if !kernel::make_room(ctx) || !kernel::trim(ctx, len) {
+    if !kernel::trim(ctx, datagram.trailer_len) {
         return Verdict::NotRedirected;
     }
     let numbered = kernel::update(&FANS, fan, |fan| {
@@ -75,10 +74,9 @@ pub fn broadcast(ctx: &XdpContext, rule: u32, datagram: &Datagram) -> Verdict {
     }
     // One output needs no clone. If its device is gone the kernel drops the frame, as a broadcast would pass the device by.
     let flags = if outputs == 1 { xdp_action::XDP_DROP } else { BPF_F_BROADCAST };
-    match devices.redirect(0, u64::from(flags)) {
-        Err(_) if outputs != 1 => Verdict::NotRedirected,
-        _ => Verdict::Redirected,
-    }
+    // The host is to have no tagged frame, whatever the answer: what the kernel drops now is what the outputs do not get.
+    let _ = devices.redirect(0, u64::from(flags));
+    Verdict::Redirected
 }
 
 /// A datagram, and the record of a fan that it has come to.
@@ -99,10 +97,10 @@ extern "C" fn count_skipped(_step: u32, walk: &mut Walk) -> i64 {
 /// Makes a clone the datagram of its output. What is no clone of ours is dropped.
 #[inline(always)]
 pub fn rewrite(ctx: &mut XdpContext, device: u32) -> u32 {
-    let Some(record) = kernel::take_tag(ctx).and_then(|tag| turn(&tag, device)) else {
+    let Some(headers) = kernel::headers(ctx) else {
         return xdp_action::XDP_DROP;
     };
-    let Some(headers) = kernel::headers(ctx) else {
+    let Some(record) = turn(&Tag::of(headers), device) else {
         return xdp_action::XDP_DROP;
     };
     let len = redirect::datagram_len(headers);

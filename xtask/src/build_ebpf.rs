@@ -41,6 +41,7 @@ const RUSTFLAGS: &[&str] = &[
     // bpf-linker makes BTF out of the debug information.
     "-Cdebuginfo=2",
     "-Clink-arg=--btf",
+    "-Ctarget-feature=+allows-misaligned-mem-access",
     // aya-ebpf asks for the architecture only to lay out the registers of a kprobe.
     "--cfg=bpf_target_arch=\"x86_64\"",
 ];

@@ -48,9 +48,9 @@ pub fn fanout(bench: &Bench, figures: &mut Figures) -> Result<()> {
         work: Work { rules: 1, outputs },
         // A process for each of fifty outputs is nothing that one would run.
         systems: match outputs {
-            4 => &[System::Redirect, System::AfXdp],
-            10 => &[System::Redirect, System::AfXdp, System::AfPacket, System::Socat],
-            _ => &[System::Redirect, System::AfXdp, System::AfPacket],
+            4 => &[System::Redirect, System::AfXdp, System::Ceiling],
+            10 => &[System::Redirect, System::AfXdp, System::AfPacket, System::Socat, System::Ceiling],
+            _ => &[System::Redirect, System::AfXdp, System::AfPacket, System::Ceiling],
         },
     });
     compare(bench, "fanout", &variants, figures)

@@ -86,6 +86,7 @@ impl Worker {
                     ttl: given.ttl,
                     tos: given.tos,
                     payload_len: given.size as u16,
+                    trailer_len: 0,
                 };
                 // The relay step never looks into a payload: its address may name the datagram.
                 let payload = iovec { iov_base: ptr::without_provenance_mut(index), iov_len: given.size };

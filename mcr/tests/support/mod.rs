@@ -89,6 +89,7 @@ impl Worker {
                 ttl: 9,
                 tos: 0,
                 payload_len: len as u16,
+                trailer_len: 0,
             };
             let flow = self.table.find(&datagram).expect("a flow");
             let payload = iovec { iov_base: self.payload.as_ptr().cast_mut().cast(), iov_len: len };

@@ -11,7 +11,8 @@ use mcr_common::{
     abi::{self, map},
     counters::OutputCounters,
     redirect::{
-        Chain, ChainKey, Headers, MTU_SLACK, NO_RECORD, Record, Refusal, Rewrite, Tag, rewrite, tos, ttl,
+        Chain, ChainKey, Headers, MTU_SLACK, NO_RECORD, Record, Refusal, Rewrite, TAG_LEN, Tag, rewrite, tos,
+        ttl,
     },
 };
 use proptest::{prelude::*, test_runner::TestRunner};
@@ -70,18 +71,10 @@ impl Twin {
 
     /// Runs a clone of a frame; what leaves, if it does.
     fn run(&self, frame: &[u8], tag: Tag) -> Option<Vec<u8>> {
-        let tag: Vec<u8> = tag.to_words().iter().flat_map(|word| word.to_ne_bytes()).collect();
-        let data = [&tag[..], frame].concat();
-        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-        let context = [tag.len() as u32, data.len() as u32, 0, 0, 0, 0];
-        let context: Vec<u8> = context.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let data = [&tag.to_bytes(), &frame[TAG_LEN..]].concat();
         let mut out = [0; 2048];
-        let options = TestRunOptions {
-            data_in: Some(&data),
-            data_out: Some(&mut out),
-            ctx_in: Some(&context),
-            ..TestRunOptions::new()
-        };
+        let options =
+            TestRunOptions { data_in: Some(&data), data_out: Some(&mut out), ..TestRunOptions::new() };
         let twin: &Xdp = self.ebpf.program(abi::REWRITE_TWIN).expect("the twin").try_into().expect("XDP");
         let result = twin.test_run(options).expect("BPF_PROG_TEST_RUN");
         match result.return_value {
@@ -347,11 +340,9 @@ fn any_frame() -> impl Strategy<Value = Vec<u8>> {
 /// What user space makes of a frame.
 fn rewritten(frame: &[u8], output: &Rewrite) -> Result<Vec<u8>, Refusal> {
     let (head, payload) = frame.split_at(PAYLOAD);
-    let mut headers: Headers =
-        std::array::from_fn(|word| u16::from_ne_bytes([head[2 * word], head[2 * word + 1]]));
+    let mut headers: Headers = head.try_into().expect("as long as the headers");
     rewrite(&mut headers, output)?;
-    let head: Vec<u8> = headers.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    Ok([&head, payload].concat())
+    Ok([&headers, payload].concat())
 }
 
 #[test]

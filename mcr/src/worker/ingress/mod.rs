@@ -23,13 +23,18 @@ pub struct Frame<'a> {
 
 impl Bytes for Frame<'_> {
     #[inline]
-    fn reaches(&self, len: usize) -> bool {
-        len <= self.len
+    fn frame_len(&self) -> usize {
+        self.len
     }
 
     #[inline]
-    fn at<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.bytes.at(offset)
+    fn pair(&self, offset: usize) -> Option<[u8; 2]> {
+        self.bytes.pair(offset)
+    }
+
+    #[inline]
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        self.bytes.words(offset)
     }
 }
 
