@@ -142,10 +142,7 @@ impl Tag {
     #[inline(always)]
     pub const fn of(headers: &Headers) -> Self {
         let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = *headers;
-        Self {
-            sequence: u64::from_ne_bytes([a, b, c, d, e, f, g, h]),
-            fan: u32::from_ne_bytes([i, j, k, l]),
-        }
+        Self { sequence: u64::from_ne_bytes([a, b, c, d, e, f, g, h]), fan: u32::from_ne_bytes([i, j, k, l]) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! What comes in: whether a rule's group is joined, asked for and arrives, and what arrives in its place.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
 
 use super::{
     Code, Finding, Outcome,
@@ -250,7 +250,7 @@ fn nothing(seen: &Observations, flow: &Flow<'_>) -> Finding {
         None => "none ever came".to_owned(),
     };
     let asked = match seen.look.queriers.get(interface) {
-        Some(querier) => format!("; it is joined, and {querier} asks for memberships"),
+        Some(querier) => format!("; it is joined, and {} asks for memberships", who(*querier)),
         None => "; it is joined".to_owned(),
     };
     let what = format!(
@@ -262,12 +262,20 @@ fn nothing(seen: &Observations, flow: &Flow<'_>) -> Finding {
     Finding::problem(Code::NothingArrives, of_rule(flow), what, next)
 }
 
+/// A bridge asks without an address of its own, unless it is told to have one.
+fn who(querier: Ipv4Addr) -> String {
+    if querier.is_unspecified() { "a switch".to_owned() } else { querier.to_string() }
+}
+
 fn querier(seen: &Observations, interface: &InterfaceName, silent: bool, outcome: &mut Outcome) {
     let up = seen.devices.get(interface).is_some_and(|device| device.link.up);
     let looked = seen.look.refused.is_none() && !seen.look.lasted.is_zero() && up;
     match seen.look.queriers.get(interface) {
         Some(querier) => {
-            outcome.well(of_interface(interface), format!("{querier} asks for memberships (IGMP querier)"))
+            outcome.well(
+                of_interface(interface),
+                format!("{} asks for memberships (IGMP querier)", who(*querier)),
+            );
         }
         None if looked && seen.look.lasted >= QUERY_INTERVAL => {
             let what = "nobody asks for memberships there: a switch that snoops forgets them after some minutes, and the streams stop";

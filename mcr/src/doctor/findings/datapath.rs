@@ -28,8 +28,10 @@ fn is_on(name: &InterfaceName) -> impl Fn(&Flow<'_>) -> bool {
     move |flow| flow.rule.input.interface == *name
 }
 
+/// Whether XDP serves a rule; one that has failed may have its program all the same.
 fn by_xdp(flow: &Flow<'_>) -> bool {
-    matches!(flow.rule.info.datapath.as_deref(), Some("af-xdp" | "redirect"))
+    let info = &flow.rule.info;
+    info.health != Health::Failed && matches!(info.datapath.as_deref(), Some("af-xdp" | "redirect"))
 }
 
 /// What keeps native XDP from an interface.
