@@ -393,7 +393,9 @@ fn ask_under(relay: &Relay<'_>, sender: &RawSender, frames: &[Vec<u8>]) -> Diagn
     let mut call = relay.call(&["doctor", "--json", "--seconds=0.6"]);
     let mut process = Process::spawn(&mut call);
     wait_until("the doctor is done", CALL, || {
-        frames.iter().for_each(|frame| sender.send(frame));
+        for frame in frames {
+            sender.send(frame);
+        }
         process.ended().is_some()
     });
     Diagnosis::read(&process.answer(CALL))

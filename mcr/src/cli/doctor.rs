@@ -57,7 +57,7 @@ struct Report<'a> {
 /// Findings of one kind and subjects without a finding that are shown before it is no screen any more.
 const SHOWN: usize = 8;
 
-const HOUR: Duration = Duration::from_secs(3600);
+const HOUR: Duration = Duration::from_hours(1);
 
 /// Exit status where there is no daemon, as of every command.
 const NO_DAEMON: u8 = 3;

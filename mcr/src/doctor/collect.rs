@@ -49,7 +49,10 @@ pub fn collect(control: &Path, subject: Option<&str>, lasts: Duration) -> anyhow
     let about = about(subject, daemon.as_ref().ok(), &devices)?;
     let rules = daemon.as_ref().map(|told| &told.rules[..]).unwrap_or_default();
     let look = look_for(&about, rules, &devices, lasts);
-    let hooks = runtime.block_on(hooks(rules, &devices));
+    let hooks = {
+        let _within = runtime.enter();
+        hooks(rules, &devices)
+    };
     // The first connection has been closed for its silence if the look was a long one.
     let daemon =
         daemon.and_then(|told| Ok(Told { after: Client::connect(control)?.call(&stats())?, ..told }));
@@ -219,7 +222,8 @@ fn look_for(
     if interfaces.is_empty() { Look::default() } else { look(&interfaces, &groups, lasts) }
 }
 
-async fn hooks(rules: &[Seen], devices: &BTreeMap<InterfaceName, Device>) -> BTreeMap<InterfaceName, Hook> {
+/// Must be called within the runtime.
+fn hooks(rules: &[Seen], devices: &BTreeMap<InterfaceName, Device>) -> BTreeMap<InterfaceName, Hook> {
     let egress: BTreeSet<_> =
         rules.iter().flat_map(|rule| &rule.outputs).map(|output| &output.interface).collect();
     let there = egress.into_iter().filter_map(|name| Some((name.clone(), devices.get(name)?.link.index)));

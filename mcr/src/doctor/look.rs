@@ -26,7 +26,7 @@ use crate::{
 /// Frames after which no more is looked at on an interface.
 const MOST_FRAMES: u64 = 4096;
 
-/// Bytes of each frame: the longest IPv4 header and a UDP header, or an IGMPv3 query's beginning.
+/// Bytes of each frame: the longest IPv4 header and a UDP header, or the beginning of an IGMP query.
 const SNAP: usize = 128;
 
 /// Groups that a filter names; of more it lets all in. A jump of a classic filter spans 255 instructions.
@@ -64,7 +64,9 @@ pub fn look(interfaces: &[(InterfaceName, IfIndex)], groups: &BTreeSet<Ipv4Addr>
         // What cannot be waited for is waited out.
         let ready = poll(&mut waiting, timeout).unwrap_or(0);
         if ready > 0 {
-            taps.iter_mut().for_each(|(name, socket, frames)| drain(&mut look, name, socket, frames));
+            for (name, socket, frames) in &mut taps {
+                drain(&mut look, name, socket, frames);
+            }
             taps.retain(|(_, _, frames)| *frames < MOST_FRAMES);
         }
     }

@@ -135,14 +135,14 @@ fn spoilt_frames(seen: &Observations, flow: &Flow<'_>) -> Vec<Finding> {
     };
     let spoilt = seen.sightings(input.group).filter(|(sighting, _)| here(sighting));
     let finding = |(sighting, frames): (&Sighting, u64)| {
-        let (code, what, next) = spoilt_by(&sighting.fate, &input.interface, seen)?;
+        let (code, what, next) = spoilt_by(sighting.fate, &input.interface, seen)?;
         let what = format!("{} frames of {} from {} {what}", count(frames), input.group, sighting.source);
         Some(Finding::problem(code, of_rule(flow), what, next))
     };
     spoilt.filter_map(finding).collect()
 }
 
-fn spoilt_by(fate: &Fate, interface: &InterfaceName, seen: &Observations) -> Option<(Code, String, String)> {
+fn spoilt_by(fate: Fate, interface: &InterfaceName, seen: &Observations) -> Option<(Code, String, String)> {
     let payload = seen.devices.get(interface).map_or(1500, |device| device.link.mtu).saturating_sub(28);
     Some(match fate {
         Fate::Datagram { .. } => return None,
@@ -188,7 +188,7 @@ fn verdicts(seen: &Observations, interface: &InterfaceName, outcome: &mut Outcom
         ("malformed", Fate::Damaged),
     ];
     for (before, after) in seen.counters(interface) {
-        for (verdict, fate) in &kinds {
+        for (verdict, fate) in kinds {
             let (_, now) = moved(before.map(|before| &before.verdicts), &after.verdicts, verdict);
             let Some((code, what, next)) = spoilt_by(fate, interface, seen).filter(|_| now > 0) else {
                 continue;

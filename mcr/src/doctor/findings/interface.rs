@@ -82,21 +82,23 @@ fn link(name: &InterfaceName, device: &Device, outcome: &mut Outcome) {
 
 fn describe(device: &Device, ingress: bool) -> String {
     let link = &device.link;
-    let s = if link.rx_queues == 1 { "" } else { "s" };
-    let mut text = format!("up, {}, MTU {}", link.kind, link.mtu);
-    if ingress {
-        text += &format!(", {} RX queue{s}", link.rx_queues);
-        match device.native_xdp {
-            Some(true) => text += ", native XDP",
-            Some(false) => text += ", no native XDP",
-            None => {}
-        }
-        if let Some(mode @ 1..) = device.rp_filter {
-            let mode = if mode == 1 { "strict" } else { "loose" };
-            text += &format!("; its reverse-path filter is {mode}, which mcr does not mind");
-        }
-    } else if let Some(address) = link.addresses.first() {
-        text += &format!(", sends from {address}");
+    let plain = format!("up, {}, MTU {}", link.kind, link.mtu);
+    if !ingress {
+        return match link.addresses.first() {
+            Some(address) => format!("{plain}, sends from {address}"),
+            None => plain,
+        };
     }
-    text
+    let s = if link.rx_queues == 1 { "" } else { "s" };
+    let xdp = match device.native_xdp {
+        Some(true) => ", native XDP",
+        Some(false) => ", no native XDP",
+        None => "",
+    };
+    let filter = match device.rp_filter {
+        None | Some(0) => "",
+        Some(1) => "; its reverse-path filter is strict, which mcr does not mind",
+        Some(_) => "; its reverse-path filter is loose, which mcr does not mind",
+    };
+    format!("{plain}, {} RX queue{s}{xdp}{filter}", link.rx_queues)
 }

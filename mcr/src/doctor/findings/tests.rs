@@ -122,6 +122,11 @@ fn ingress(seen: &mut Observations) -> &mut Device {
     seen.devices.get_mut(&name("in0")).unwrap()
 }
 
+fn by_packet(seen: &mut Observations) {
+    let info = &mut told(seen).rules[0].info;
+    (info.datapath, info.datapath_asked) = (Some("af-packet".to_owned()), "af-packet".to_owned());
+}
+
 /// The findings by code and severity, as text.
 fn found(seen: &Observations) -> Vec<String> {
     let text = |finding: &Finding| {
@@ -160,9 +165,21 @@ fn what_a_host_forbids() {
     let none = |seen: &mut Observations| told(seen).status.workers_running = 0;
     let some = |seen: &mut Observations| told(seen).status.workers_running = 1;
     let forbidden = |level| move |seen: &mut Observations| seen.host.io_uring_disabled = Some(level);
-    let next_of = next(|seen| (none(seen), forbidden(2)(seen)).0, "problem io_uring_disabled");
+    let next_of = next(
+        |seen| {
+            none(seen);
+            forbidden(2)(seen);
+        },
+        "problem io_uring_disabled",
+    );
     assert_eq!(next_of, "sudo sysctl -w kernel.io_uring_disabled=0");
-    check(|seen| (some(seen), forbidden(1)(seen)).0, &["note io_uring_disabled"]);
+    check(
+        |seen| {
+            some(seen);
+            forbidden(1)(seen);
+        },
+        &["note io_uring_disabled"],
+    );
     let next_of = next(|seen| seen.host.bpf_jit_enable = Some(0), "note bpf_jit_off");
     assert_eq!(next_of, "sudo sysctl -w net.core.bpf_jit_enable=1");
     check(|seen| seen.host.optmem_max = Some(1_000), &["note optmem_small"]);
@@ -188,7 +205,10 @@ fn what_devices_do_to_frames() {
     assert_eq!(next(tags(&["in0.42"]), "note vlan_tags_hidden"), "sudo ethtool -K in0 rxvlan off");
     check(tags(&[]), &[]);
     check(
-        |seen| (tags(&["in0.42"])(seen), told(seen).rules[0].info.datapath = Some("af-packet".to_owned())).1,
+        |seen| {
+            tags(&["in0.42"])(seen);
+            by_packet(seen);
+        },
         &[],
     );
 }
@@ -285,20 +305,50 @@ fn who_is_joined_and_asked() {
     let silent = |seen: &mut Observations| told(seen).after = stats(100, &Value::Null);
     let long = |seen: &mut Observations| seen.look.lasted = Duration::from_secs(130);
     check(silent, &["problem nothing_arrives", "note querier_unseen"]);
-    check(|seen| (silent(seen), long(seen)).0, &["problem nothing_arrives", "problem no_querier"]);
+    check(
+        |seen| {
+            silent(seen);
+            long(seen);
+        },
+        &["problem nothing_arrives", "problem no_querier"],
+    );
     // A stream that flows may stop when the switch has forgotten.
     check(long, &["note no_querier"]);
     let heard = |seen: &mut Observations| {
         seen.look.queriers = [(name("in0"), Ipv4Addr::new(10, 0, 0, 254))].into();
     };
-    check(|seen| (silent(seen), heard(seen)).0, &["problem nothing_arrives"]);
-    check(|seen| (long(seen), heard(seen)).0, &[]);
+    check(
+        |seen| {
+            silent(seen);
+            heard(seen);
+        },
+        &["problem nothing_arrives"],
+    );
+    check(
+        |seen| {
+            long(seen);
+            heard(seen);
+        },
+        &[],
+    );
     // Why it is not joined is why nothing comes.
-    check(|seen| (leave(seen), silent(seen)).0, &["problem not_joined", "note querier_unseen"]);
+    check(
+        |seen| {
+            leave(seen);
+            silent(seen);
+        },
+        &["problem not_joined", "note querier_unseen"],
+    );
     let refused = |seen: &mut Observations| {
         seen.look = Look { refused: Some("in0: not permitted".to_owned()), ..Look::default() };
     };
-    check(|seen| (silent(seen), refused(seen)).0, &["note look_refused", "problem nothing_arrives"]);
+    check(
+        |seen| {
+            silent(seen);
+            refused(seen);
+        },
+        &["note look_refused", "problem nothing_arrives"],
+    );
 }
 
 #[test]
@@ -338,7 +388,13 @@ fn what_comes_in_its_place_is_told_once_for_each_command() {
     };
     check(elsewhere, &["problem nothing_arrives"]);
     // Beside what flows, it is another's.
-    check(|seen| (instead(seen), told(seen).after = stats(9_000, &Value::Null)).1, &[]);
+    check(
+        |seen| {
+            instead(seen);
+            told(seen).after = stats(9_000, &Value::Null);
+        },
+        &[],
+    );
 }
 
 #[test]
@@ -404,8 +460,20 @@ fn rules_of_one_group_and_listeners() {
     };
     check(two, &[]);
     // Who has another address or port listens to something else.
-    check(|seen| (listen(2)(seen), seen.listeners = vec!["10.0.0.1:5000".parse().unwrap()]).1, &[]);
-    check(|seen| (listen(2)(seen), told(seen).rules[0].info.datapath = Some("af-packet".to_owned())).1, &[]);
+    check(
+        |seen| {
+            listen(2)(seen);
+            seen.listeners = vec!["10.0.0.1:5000".parse().unwrap()];
+        },
+        &[],
+    );
+    check(
+        |seen| {
+            listen(2)(seen);
+            by_packet(seen);
+        },
+        &[],
+    );
 }
 
 #[test]
