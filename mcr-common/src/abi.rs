@@ -23,8 +23,10 @@ pub const FILTER: &str = "mcr_filter";
 pub mod map {
     /// Hash: [`FlowKey4`](crate::flow::FlowKey4) to [`FlowValue`](crate::flow::FlowValue).
     pub const FLOWS_V4: &str = "mcr_flows_v4";
-    /// Array of one: how many flows are for one source.
-    pub const SOURCE_FLOWS: &str = "mcr_src_flows";
+    /// Array of one: [`FlowTable`](crate::flow::FlowTable).
+    pub const FLOW_TABLE: &str = "mcr_flow_table";
+    /// Per-CPU array by [`place`](crate::flow::FlowKey4::place): [`Found`](crate::flow::Found).
+    pub const FOUND: &str = "mcr_found";
     /// Per-CPU array by rule slot: [`RuleCounters`](crate::counters::RuleCounters).
     pub const RULES: &str = "mcr_rules";
     /// Per-CPU array by [`verdicts_of`](super::verdicts_of): [`Verdicts`](crate::counters::Verdicts).

@@ -18,7 +18,7 @@ pub struct RuleCounters {
     pub redirected: u64,
     /// Of these: to be redirected, and the rule has no outputs; dropped.
     pub no_output: u64,
-    /// Of these: to be redirected, and the driver has no room for a tag; passed to the host.
+    /// Of these: to be redirected, and the driver could not cut what lies behind the datagram; passed to the host.
     pub not_redirected: u64,
     /// UDP payload bytes of the redirected and of those without output.
     pub redirect_bytes: u64,
@@ -109,6 +109,45 @@ pub struct QueueCounters {
     pub steered: u64,
 }
 
+/// What is to become of a frame; each is a counter of [`Verdicts`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Steered,
+    NoWorker,
+    Looped,
+    Redirected,
+    NoOutput,
+    NotRedirected,
+    AfPacket,
+    NoRule,
+    NotMulticast,
+    NotUdp,
+    NotIpv4,
+    Vlan,
+    Fragment,
+    IpOptions,
+    Truncated,
+    Malformed,
+    BadChecksum,
+}
+
+impl From<Reject> for Verdict {
+    #[inline(always)]
+    fn from(reject: Reject) -> Self {
+        match reject {
+            Reject::NotMulticast => Self::NotMulticast,
+            Reject::NotUdp => Self::NotUdp,
+            Reject::NotIpv4 => Self::NotIpv4,
+            Reject::Vlan => Self::Vlan,
+            Reject::Fragment => Self::Fragment,
+            Reject::IpOptions => Self::IpOptions,
+            Reject::Truncated => Self::Truncated,
+            Reject::Malformed => Self::Malformed,
+            Reject::BadChecksum => Self::BadChecksum,
+        }
+    }
+}
+
 /// What one of the two programs made of every frame of an interface. The fields add up to the frames seen.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -123,7 +162,7 @@ pub struct Verdicts {
     pub redirected: u64,
     /// Matched by a rule that redirects and has no outputs; dropped.
     pub no_output: u64,
-    /// Matched by a rule that redirects, but the driver has no room for a tag; passed.
+    /// Matched by a rule that redirects, but the driver could not cut what lies behind the datagram; passed.
     pub not_redirected: u64,
     /// Matched by a rule that AF_PACKET serves; passed by the XDP program, to the filter.
     pub af_packet: u64,
@@ -153,19 +192,27 @@ impl Verdicts {
     /// How many there are.
     pub const COUNT: usize = 17;
 
-    /// The counter of a frame that the parser rejects.
+    /// The counter of a verdict. Not by its number: a pointer to the field of a number is arithmetic that takes `CAP_PERFMON`.
     #[inline(always)]
-    pub const fn rejected(&mut self, reject: Reject) -> &mut u64 {
-        match reject {
-            Reject::NotMulticast => &mut self.not_multicast,
-            Reject::NotUdp => &mut self.not_udp,
-            Reject::NotIpv4 => &mut self.not_ipv4,
-            Reject::Vlan => &mut self.vlan,
-            Reject::Fragment => &mut self.fragment,
-            Reject::IpOptions => &mut self.ip_options,
-            Reject::Truncated => &mut self.truncated,
-            Reject::Malformed => &mut self.malformed,
-            Reject::BadChecksum => &mut self.bad_checksum,
+    pub const fn of(&mut self, verdict: Verdict) -> &mut u64 {
+        match verdict {
+            Verdict::Steered => &mut self.steered,
+            Verdict::NoWorker => &mut self.no_worker,
+            Verdict::Looped => &mut self.looped,
+            Verdict::Redirected => &mut self.redirected,
+            Verdict::NoOutput => &mut self.no_output,
+            Verdict::NotRedirected => &mut self.not_redirected,
+            Verdict::AfPacket => &mut self.af_packet,
+            Verdict::NoRule => &mut self.no_rule,
+            Verdict::NotMulticast => &mut self.not_multicast,
+            Verdict::NotUdp => &mut self.not_udp,
+            Verdict::NotIpv4 => &mut self.not_ipv4,
+            Verdict::Vlan => &mut self.vlan,
+            Verdict::Fragment => &mut self.fragment,
+            Verdict::IpOptions => &mut self.ip_options,
+            Verdict::Truncated => &mut self.truncated,
+            Verdict::Malformed => &mut self.malformed,
+            Verdict::BadChecksum => &mut self.bad_checksum,
         }
     }
 

@@ -28,6 +28,37 @@ impl FlowKey4 {
     }
 }
 
+/// What the programs are told of all flows. Written after each change of them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowTable {
+    /// How many flows are for one source: without any, a datagram is looked up once. Written before there is one more, too.
+    pub for_one_source: u32,
+    /// Another number after each change.
+    pub generation: u32,
+}
+
+/// What the flows of the table's [`generation`](FlowTable::generation) said of a datagram, for each CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    pub key: FlowKey4,
+    pub generation: u32,
+    pub value: FlowValue,
+}
+
+/// How many datagrams' flows a CPU remembers; a power of two.
+pub const FOUND: u32 = 64;
+
+impl FlowKey4 {
+    /// Where what was found for it is remembered: streams that differ in the last bytes of source, group or port, by which
+    /// they are usually numbered, are not in each other's way.
+    #[inline(always)]
+    pub const fn place(&self) -> u32 {
+        (self.source[3] ^ self.group[3] ^ self.port[1]) as u32 % FOUND
+    }
+}
+
 /// What a flow's datagrams are for.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +69,15 @@ pub struct FlowValue {
     pub action: u32,
 }
 
+impl FlowValue {
+    /// No rule wants the datagram.
+    pub const NONE: Self = Self { rule: 0, action: action::NONE };
+}
+
 /// What is done with a flow's frames.
 pub mod action {
+    /// No rule wants them.
+    pub const NONE: u32 = 0;
     /// Steer into the AF_XDP socket of the RX queue.
     pub const STEER: u32 = 1;
     /// Sent by this relay itself: drop in XDP, refuse in the filter, and count as a loop.
@@ -52,6 +90,7 @@ pub mod action {
 
 const _: () = assert!(size_of::<FlowKey4>() == 12 && align_of::<FlowKey4>() == 1);
 const _: () = assert!(size_of::<FlowValue>() == 8 && align_of::<FlowValue>() == 4);
+const _: () = assert!(size_of::<FlowTable>() == 8 && size_of::<Found>() == 24 && FOUND.is_power_of_two());
 
 // SAFETY: repr(C) without padding, and any bit pattern is a value.
 #[cfg(feature = "user")]
@@ -59,3 +98,9 @@ unsafe impl aya::Pod for FlowKey4 {}
 // SAFETY: as above.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for FlowValue {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for FlowTable {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Found {}

@@ -133,9 +133,9 @@ pub struct Tag {
 
 impl Tag {
     #[inline(always)]
-    pub const fn to_bytes(self) -> [u8; TAG_LEN] {
-        let ([a, b, c, d, e, f, g, h], [i, j, k, l]) = (self.sequence.to_ne_bytes(), self.fan.to_ne_bytes());
-        [a, b, c, d, e, f, g, h, i, j, k, l]
+    pub const fn to_words(self) -> [u32; TAG_LEN / 4] {
+        let [a, b, c, d, e, f, g, h] = self.sequence.to_ne_bytes();
+        [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]), self.fan]
     }
 
     /// The tag at the beginning of a frame.

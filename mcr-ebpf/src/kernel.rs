@@ -66,7 +66,7 @@ pub fn write_tag(ctx: &XdpContext, tag: Tag) -> bool {
         return false;
     }
     // SAFETY: the bytes lie between data and data_end, as just checked (and as the verifier checks again).
-    unsafe { (start as *mut [u8; TAG_LEN]).write(tag.to_bytes()) };
+    unsafe { (start as *mut [u32; TAG_LEN / 4]).write_unaligned(tag.to_words()) };
     true
 }
 

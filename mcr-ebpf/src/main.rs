@@ -17,8 +17,8 @@ use aya_ebpf::{
 };
 use mcr_common::{
     abi::{self, verdicts_of},
-    counters::{QueueCounters, RuleCounters, Verdicts},
-    flow::{FlowKey4, FlowValue, action},
+    counters::{QueueCounters, RuleCounters, Verdict, Verdicts},
+    flow::{self, FlowKey4, FlowTable, FlowValue, Found, action},
     parse::{self, Datagram},
 };
 
@@ -32,8 +32,11 @@ static MCR_ABI_VERSION: u32 = abi::ABI_VERSION;
 #[btf_map(name = "mcr_flows_v4")]
 static FLOWS_V4: HashMap<FlowKey4, FlowValue, { abi::DEFAULT_MAX_RULES as usize }> = HashMap::new();
 
-#[btf_map(name = "mcr_src_flows")]
-static SOURCE_FLOWS: Array<u32, 1> = Array::new();
+#[btf_map(name = "mcr_flow_table")]
+static FLOW_TABLE: Array<FlowTable, 1> = Array::new();
+
+#[btf_map(name = "mcr_found")]
+static FOUND: PerCpuArray<Found, { flow::FOUND as usize }> = PerCpuArray::new();
 
 #[btf_map(name = "mcr_rules")]
 static RULES: PerCpuArray<RuleCounters, { abi::DEFAULT_MAX_RULES as usize }> = PerCpuArray::new();
@@ -47,46 +50,15 @@ static QUEUES: PerCpuArray<QueueCounters, { abi::DEFAULT_QUEUES as usize }> = Pe
 #[btf_map(name = "mcr_sockets")]
 static SOCKETS: XskMap<{ abi::DEFAULT_QUEUES as usize }> = XskMap::new();
 
-/// What is to become of a frame.
-enum Verdict {
-    Steered,
-    NoWorker,
-    Looped,
-    Redirected,
-    NoOutput,
-    NotRedirected,
-    AfPacket,
-    NoRule,
-    Rejected(parse::Reject),
-}
-
-impl Verdict {
-    /// The counter of the verdict.
-    #[inline(always)]
-    fn counter<'a>(&self, verdicts: &'a mut Verdicts) -> &'a mut u64 {
-        match self {
-            Verdict::Steered => &mut verdicts.steered,
-            Verdict::NoWorker => &mut verdicts.no_worker,
-            Verdict::Looped => &mut verdicts.looped,
-            Verdict::Redirected => &mut verdicts.redirected,
-            Verdict::NoOutput => &mut verdicts.no_output,
-            Verdict::NotRedirected => &mut verdicts.not_redirected,
-            Verdict::AfPacket => &mut verdicts.af_packet,
-            Verdict::NoRule => &mut verdicts.no_rule,
-            Verdict::Rejected(reject) => verdicts.rejected(*reject),
-        }
-    }
-}
-
 /// Steers what rules want to the AF_XDP socket of the RX queue.
 #[expect(clippy::needless_pass_by_value, reason = "the signature of an XDP program")]
 #[xdp]
 pub fn mcr_steer(ctx: XdpContext) -> u32 {
     let verdict = match parse::parse(&Frame::new(&ctx)) {
         Ok(datagram) => steer(&ctx, &datagram),
-        Err(reject) => Verdict::Rejected(reject),
+        Err(reject) => reject.into(),
     };
-    kernel::update(&VERDICTS, verdicts_of::XDP, |verdicts| count(verdict.counter(verdicts), 1));
+    kernel::update(&VERDICTS, verdicts_of::XDP, |verdicts| count(verdicts.of(verdict), 1));
     match verdict {
         Verdict::Steered | Verdict::Redirected => xdp_action::XDP_REDIRECT,
         Verdict::Looped | Verdict::NoOutput => xdp_action::XDP_DROP,
@@ -96,16 +68,17 @@ pub fn mcr_steer(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
-    let Some(flow) = find(datagram) else {
+    let Some(flow) = remember(datagram) else {
         return Verdict::NoRule;
     };
     let verdict = match flow.action {
+        action::NONE => return Verdict::NoRule,
         action::LOOP => Verdict::Looped,
         // The filter counts the rule's datagrams.
         action::PASS => return Verdict::AfPacket,
         action::REDIRECT => {
             let verdict = redirect::broadcast(ctx, flow.rule, datagram);
-            count_redirect(flow.rule, &verdict, datagram.payload_len);
+            count_redirect(flow.rule, verdict, datagram.payload_len);
             return verdict;
         }
         // With an empty slot the helper answers the action in the flags' low bits.
@@ -114,7 +87,7 @@ fn steer(ctx: &XdpContext, datagram: &Datagram) -> Verdict {
         }
         _ => Verdict::NoWorker,
     };
-    count_rule(flow.rule, &verdict, 1, datagram.payload_len);
+    count_rule(flow.rule, verdict, 1, datagram.payload_len);
     if matches!(verdict, Verdict::Steered) {
         kernel::update(&QUEUES, ctx.rx_queue_index(), |queue| count(&mut queue.steered, 1));
         #[cfg(feature = "log")]
@@ -143,20 +116,20 @@ pub fn mcr_rewrite_run(mut ctx: XdpContext) -> u32 {
 pub fn mcr_filter(ctx: SkBuffContext) -> i64 {
     let frame = Buffered::new(&ctx);
     let verdict = if frame.is_tagged() {
-        Verdict::Rejected(parse::Reject::Vlan)
+        Verdict::Vlan
     } else {
         match parse::parse(&frame) {
             Ok(datagram) => admit(&frame, &datagram),
-            Err(reject) => Verdict::Rejected(reject),
+            Err(reject) => reject.into(),
         }
     };
-    kernel::update(&VERDICTS, verdicts_of::FILTER, |verdicts| count(verdict.counter(verdicts), 1));
+    kernel::update(&VERDICTS, verdicts_of::FILTER, |verdicts| count(verdicts.of(verdict), 1));
     if matches!(verdict, Verdict::Steered) { i64::from(u32::MAX) } else { 0 }
 }
 
 #[inline(always)]
 fn admit(frame: &Buffered<'_>, datagram: &Datagram) -> Verdict {
-    let Some(flow) = find(datagram) else {
+    let Some(flow) = FLOW_TABLE.get(0).and_then(|table| look_up(datagram, *table)) else {
         return Verdict::NoRule;
     };
     let verdict = match flow.action {
@@ -168,13 +141,13 @@ fn admit(frame: &Buffered<'_>, datagram: &Datagram) -> Verdict {
     };
     let segment = frame.segment_len();
     let datagrams = if segment == 0 { 1 } else { u32::from(datagram.payload_len).div_ceil(segment) };
-    count_rule(flow.rule, &verdict, datagrams, datagram.payload_len);
+    count_rule(flow.rule, verdict, datagrams, datagram.payload_len);
     verdict
 }
 
 /// Counts datagrams of a rule with their payload bytes together.
 #[inline(always)]
-fn count_rule(slot: u32, verdict: &Verdict, datagrams: u32, bytes: u16) {
+fn count_rule(slot: u32, verdict: Verdict, datagrams: u32, bytes: u16) {
     let datagrams = u64::from(datagrams);
     kernel::update(&RULES, slot, |rule| {
         count(&mut rule.matched, datagrams);
@@ -187,7 +160,7 @@ fn count_rule(slot: u32, verdict: &Verdict, datagrams: u32, bytes: u16) {
 
 /// Counts a datagram of a rule that redirects.
 #[inline(always)]
-fn count_redirect(slot: u32, verdict: &Verdict, bytes: u16) {
+fn count_redirect(slot: u32, verdict: Verdict, bytes: u16) {
     kernel::update(&RULES, slot, |rule| {
         count(&mut rule.matched, 1);
         count(&mut rule.matched_bytes, u64::from(bytes));
@@ -200,10 +173,26 @@ fn count_redirect(slot: u32, verdict: &Verdict, bytes: u16) {
     });
 }
 
+/// The flow of a datagram, as this CPU found it last where no flow has changed since. Not for the filter, which the XDP
+/// program may interrupt.
+#[inline(always)]
+fn remember(datagram: &Datagram) -> Option<FlowValue> {
+    // Its generation is read before the flows, so that what is found may be newer than it is said to be, never older.
+    let table = *FLOW_TABLE.get(0)?;
+    let key = FlowKey4::source_group(datagram.source, datagram.group, datagram.port);
+    kernel::update(&FOUND, key.place(), |found| {
+        if found.generation != table.generation || found.key != key {
+            let value = look_up(datagram, table).unwrap_or(FlowValue::NONE);
+            *found = Found { key, generation: table.generation, value };
+        }
+        found.value
+    })
+}
+
 /// The flow of a datagram: the rule for its source goes before the rule for any source.
 #[inline(always)]
-fn find(datagram: &Datagram) -> Option<FlowValue> {
-    if SOURCE_FLOWS.get(0).is_some_and(|flows| *flows > 0) {
+fn look_up(datagram: &Datagram, table: FlowTable) -> Option<FlowValue> {
+    if table.for_one_source > 0 {
         let specific = FlowKey4::source_group(datagram.source, datagram.group, datagram.port);
         if let Some(flow) = kernel::lookup(&FLOWS_V4, &specific) {
             return Some(flow);

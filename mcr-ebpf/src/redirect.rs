@@ -8,15 +8,12 @@ use aya_ebpf::{
 };
 use mcr_common::{
     abi,
-    counters::OutputCounters,
+    counters::{OutputCounters, Verdict},
     parse::{Datagram, IPV4_LEN, UDP_LEN},
     redirect::{self, Chain, ChainKey, Fan, MOST_OUTPUTS, MTU_SLACK, Record, Refusal, Tag},
 };
 
-use crate::{
-    Verdict,
-    kernel::{self, count},
-};
+use crate::kernel::{self, count};
 
 const RULES: usize = abi::DEFAULT_MAX_RULES as usize;
 

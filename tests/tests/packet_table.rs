@@ -18,7 +18,7 @@ use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use mcr_common::{
     abi::{self, map, verdicts_of},
     counters::{RuleCounters, Verdicts},
-    flow::{FlowKey4, FlowValue, action},
+    flow::{FlowKey4, FlowTable, FlowValue, action},
     parse::{PAYLOAD_OFFSET, Reject, parse},
     redirect::{self, Fan, TAG_LEN, Tag},
 };
@@ -370,10 +370,10 @@ impl Program {
         for (key, value) in flows() {
             map.insert(key, value, 0).expect("insert a flow");
         }
-        let mut source_flows: Array<_, u32> =
-            ebpf.map_mut(map::SOURCE_FLOWS).expect("their number").try_into().expect("an array");
-        let for_one_source = flows().iter().filter(|(key, _)| key.source != [0; 4]).count();
-        source_flows.set(0, for_one_source as u32, 0).expect("tell their number");
+        let mut table: Array<_, FlowTable> =
+            ebpf.map_mut(map::FLOW_TABLE).expect("their table").try_into().expect("an array");
+        let for_one_source = flows().iter().filter(|(key, _)| key.source != [0; 4]).count() as u32;
+        table.set(0, FlowTable { for_one_source, generation: 1 }, 0).expect("tell their number");
         set_up_redirect(&mut ebpf);
         let socket = (kind == Kind::Steering).then(af_xdp_socket);
         if let Some(socket) = &socket {
@@ -592,6 +592,11 @@ fn a_datagram_is_parsed_to_what_was_sent() {
     assert_eq!((PAYLOAD_OFFSET, seen.payload_len), (PAYLOAD, 321));
 }
 
+/// A tag as it stands at the beginning of a frame.
+fn bytes_of(tag: Tag) -> Vec<u8> {
+    tag.to_words().iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
 /// Keeps this thread on one CPU, which counts for itself.
 fn stay_on_one_cpu() {
     let mut set = nix::sched::CpuSet::new();
@@ -616,9 +621,49 @@ fn a_redirected_frame_is_numbered_and_ends_with_its_datagram() {
         let result = xdp.test_run(options).expect("BPF_PROG_TEST_RUN");
         assert_eq!(result.return_value, XDP_REDIRECT);
         let (tag, sent) = out[..result.data_size_out as usize].split_at(TAG_LEN);
-        assert_eq!(tag, Tag { sequence, fan: redirect::fan(REDIRECT, BANK) }.to_bytes());
+        assert_eq!(tag, bytes_of(Tag { sequence, fan: redirect::fan(REDIRECT, BANK) }));
         assert_eq!(sent, &frame[TAG_LEN..len]);
     }
+}
+
+#[test]
+fn what_was_found_for_a_datagram_is_forgotten_when_flows_change() {
+    stay_on_one_cpu();
+    let mut program = Program::load(Kind::Steering);
+    let mut generation = 1;
+    let mut change = |program: &mut Program, key: FlowKey4, value: Option<FlowValue>| {
+        let mut flows: HashMap<_, FlowKey4, FlowValue> =
+            program.ebpf.map_mut(map::FLOWS_V4).expect("the flows' map").try_into().expect("a hash map");
+        match value {
+            Some(value) => flows.insert(key, value, 0).expect("insert a flow"),
+            None => flows.remove(&key).expect("remove a flow"),
+        }
+        let mut table: Array<_, FlowTable> =
+            program.ebpf.map_mut(map::FLOW_TABLE).expect("their table").try_into().expect("an array");
+        generation += 1;
+        table.set(0, FlowTable { for_one_source: 1, generation }, 0).expect("tell of the change");
+    };
+    let port = PORT.to_be_bytes();
+    let any_source = FlowKey4::any_source([239, 1, 1, 1], port);
+    let from_sender = FlowKey4::source_group([198, 51, 100, 9], [239, 1, 1, 1], port);
+    let steer = |rule| FlowValue { rule, action: action::STEER };
+    let bytes = 100;
+    // Another stream that is remembered in the same place.
+    let other = udp(SENDER, "239.1.1.65").frame();
+    for _ in 0..2 {
+        program.check("found", &good(), Fate::Steer(ANY_SOURCE, bytes));
+        program.check("found again", &good(), Fate::Steer(ANY_SOURCE, bytes));
+        program.check("none found", &other, Fate::NoRule);
+        program.check("none found again", &other, Fate::NoRule);
+    }
+    change(&mut program, from_sender, Some(steer(SSM)));
+    program.check("its source has a rule now", &good(), Fate::Steer(SSM, bytes));
+    change(&mut program, any_source, None);
+    program.check("another flow is gone", &good(), Fate::Steer(SSM, bytes));
+    change(&mut program, from_sender, None);
+    program.check("its flow is gone", &good(), Fate::NoRule);
+    change(&mut program, any_source, Some(FlowValue { rule: PACKET, action: action::PASS }));
+    program.check("it has another one", &good(), Fate::AfPacket(PACKET, bytes));
 }
 
 #[test]

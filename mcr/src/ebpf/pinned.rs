@@ -48,10 +48,10 @@ pub(super) mod mark {
     pub const COUNT: u32 = 2;
 }
 
-/// The maps of the object.
+/// The maps of the object that outlive a daemon: all but what each CPU remembers of the flows, which begins anew with a program.
 pub(super) const MAPS: [&str; 13] = [
     map::FLOWS_V4,
-    map::SOURCE_FLOWS,
+    map::FLOW_TABLE,
     map::RULES,
     map::VERDICTS,
     map::QUEUES,

@@ -19,7 +19,7 @@ use aya::{
 use mcr_common::{
     abi::{self, map},
     counters::{QueueCounters, RuleCounters, Verdicts},
-    flow::{FlowKey4, FlowValue},
+    flow::{FlowKey4, FlowTable, FlowValue},
 };
 
 use super::{
@@ -129,9 +129,9 @@ impl<'a> Maps<'a> {
 /// them: [`adopt`](Self::adopt) goes on with them.
 pub struct Steering {
     flows: HashMap<MapData, FlowKey4, FlowValue>,
-    /// The flows for one source, and where the programs read how many there are: without any they look a flow up once.
+    /// The flows for one source.
     source_flows: BTreeSet<FlowKey4>,
-    source_flow_count: Array<MapData, u32>,
+    flow_table: Array<MapData, FlowTable>,
     rules: PerCpuArray<MapData, RuleCounters>,
     verdicts: PerCpuArray<MapData, Verdicts>,
     sockets: XskMap<MapData>,
@@ -204,7 +204,7 @@ impl Steering {
         steering.link = Some(link.map_err(unopened)?);
         let flows = steering.flows()?.into_iter().map(|(key, _)| key);
         steering.source_flows = flows.filter(|key| key.source != [0; 4]).collect();
-        steering.count_source_flows()?;
+        steering.tell_flows()?;
         let generic = steering.marks.get(&mark::GENERIC, 0).map_err(access(MARKS, "read"))?;
         steering.generic = generic != 0;
         Ok(steering)
@@ -216,7 +216,7 @@ impl Steering {
         Ok(Self {
             flows: maps.take(map::FLOWS_V4)?,
             source_flows: BTreeSet::new(),
-            source_flow_count: maps.take(map::SOURCE_FLOWS)?,
+            flow_table: maps.take(map::FLOW_TABLE)?,
             rules: maps.take(map::RULES)?,
             verdicts: maps.take(map::VERDICTS)?,
             sockets: maps.take(map::SOCKETS)?,
@@ -342,15 +342,21 @@ impl Steering {
 
     pub fn set_flow(&mut self, key: &FlowKey4, value: FlowValue) -> Result<(), MapAccessError> {
         if key.source != [0; 4] && self.source_flows.insert(*key) {
-            self.count_source_flows()?;
+            self.tell_flows()?;
         }
-        self.flows.insert(key, value, 0).map_err(access(map::FLOWS_V4, "written"))
+        self.flows.insert(key, value, 0).map_err(access(map::FLOWS_V4, "written"))?;
+        self.tell_flows()
     }
 
-    /// Tells the programs how many flows are for one source; before there is one more.
-    fn count_source_flows(&mut self) -> Result<(), MapAccessError> {
-        let count = self.source_flows.len() as u32;
-        self.source_flow_count.set(0, count, 0).map_err(access(map::SOURCE_FLOWS, "written"))
+    /// Has the programs forget what they found, and tells them how many flows are for one source.
+    fn tell_flows(&mut self) -> Result<(), MapAccessError> {
+        let FlowTable { generation, .. } =
+            self.flow_table.get(&0, 0).map_err(access(map::FLOW_TABLE, "read"))?;
+        let table = FlowTable {
+            for_one_source: self.source_flows.len() as u32,
+            generation: generation.wrapping_add(1),
+        };
+        self.flow_table.set(0, table, 0).map_err(access(map::FLOW_TABLE, "written"))
     }
 
     /// The flows that there are.
@@ -395,7 +401,8 @@ impl Steering {
             Ok(()) | Err(MapError::KeyNotFound) => {}
             Err(error) => return Err(access(map::FLOWS_V4, "written")(error)),
         }
-        if self.source_flows.remove(key) { self.count_source_flows() } else { Ok(()) }
+        self.source_flows.remove(key);
+        self.tell_flows()
     }
 
     /// Steers a queue's frames to no socket any more; programs that run may do so until [`barrier`].

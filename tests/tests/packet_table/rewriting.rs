@@ -21,7 +21,7 @@ use tests::{
     frame::{PAYLOAD, UDP, multicast_mac},
 };
 
-use super::{XDP_DROP, XDP_PASS, at, put, stay_on_one_cpu};
+use super::{XDP_DROP, XDP_PASS, at, bytes_of, put, stay_on_one_cpu};
 
 const FAN: u32 = 9;
 /// Beyond those that have counters in the array.
@@ -71,7 +71,7 @@ impl Twin {
 
     /// Runs a clone of a frame; what leaves, if it does.
     fn run(&self, frame: &[u8], tag: Tag) -> Option<Vec<u8>> {
-        let data = [&tag.to_bytes(), &frame[TAG_LEN..]].concat();
+        let data = [&bytes_of(tag), &frame[TAG_LEN..]].concat();
         let mut out = [0; 2048];
         let options =
             TestRunOptions { data_in: Some(&data), data_out: Some(&mut out), ..TestRunOptions::new() };
