@@ -4,6 +4,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod doctor;
 pub mod ebpf;
 pub mod holder;
 pub mod metrics;

@@ -2,6 +2,7 @@
 
 mod completions;
 mod config;
+mod doctor;
 mod generate;
 mod hold;
 mod log_level;
@@ -43,6 +44,7 @@ enum Command {
     Status(status::Args),
     Stats(stats::Args),
     Workers(workers::Args),
+    Doctor(doctor::Args),
     Config(config::Args),
     Ping(ping::Args),
     LogLevel(log_level::Args),
@@ -68,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => args.run().map(done),
         Command::Stats(args) => args.run().map(done),
         Command::Workers(args) => args.run().map(done),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Config(args) => args.run().map(done),
         Command::Ping(args) => args.run().map(done),
         Command::LogLevel(args) => args.run().map(done),

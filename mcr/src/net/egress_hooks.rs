@@ -85,6 +85,12 @@ impl EgressHooks {
     }
 }
 
+/// The chains of nftables that what an interface sends passes, as `nft` takes them.
+pub fn chains_of(interface: &InterfaceName) -> io::Result<Vec<String>> {
+    let passes = |chain: &&nftables::Chain| chain.devices.is_none() || chain.is_of(interface);
+    Ok(nftables::chains()?.iter().filter(passes).map(nftables::Chain::path).collect())
+}
+
 /// Returns when a socket has been told something, or more than it could hold.
 async fn heard(socket: &AsyncFd<Socket>) {
     let mut any = false;

@@ -26,6 +26,19 @@ const SO_ATTACH_BPF: i32 = 50;
 /// Room for frames longer than a slot.
 const LONG_FRAMES_BYTES: i32 = 32 * 1024 * 1024;
 
+/// Binds a packet socket to an interface: from now on it receives what its filter admits.
+pub fn bind(socket: &impl AsRawFd, interface: IfIndex) -> io::Result<()> {
+    // SAFETY: all zeroes is a sockaddr_ll.
+    let mut address = unsafe { zeroed::<libc::sockaddr_ll>() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = interface.0 as i32;
+    let len = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes of the address.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
+    if bound == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// What a socket's kernel side has counted since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PacketStatistics {
@@ -76,16 +89,7 @@ impl PacketSocket {
             tp_frame_nr: ring.slots(),
         };
         socket_option::set(&socket, libc::SOL_PACKET, libc::PACKET_RX_RING, &request)?;
-        // SAFETY: all zeroes is a sockaddr_ll.
-        let mut address = unsafe { zeroed::<libc::sockaddr_ll>() };
-        address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-        address.sll_ifindex = interface.0 as i32;
-        let len = size_of_val(&address) as libc::socklen_t;
-        // SAFETY: the kernel reads `len` bytes of the address.
-        if unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        bind(&socket, interface)?;
         Ok(Self { socket, statistics: PacketStatistics::default() })
     }
 

@@ -174,7 +174,7 @@ fn ensure_bpffs(pin_root: &Path) -> anyhow::Result<()> {
 }
 
 /// Whether the nearest directory that exists is on a bpffs.
-fn is_bpffs(path: &Path) -> bool {
+pub fn is_bpffs(path: &Path) -> bool {
     path.ancestors()
         .find_map(|path| statfs(path).ok())
         .is_some_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC)

@@ -9,7 +9,7 @@ mod commands;
 mod configuration;
 mod devices;
 pub mod event;
-mod host;
+pub mod host;
 mod inheritance;
 pub mod journal;
 mod log;

@@ -7,9 +7,13 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use crate::rule::InterfaceName;
 
 const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GRINGPARAM: u32 = 0x10;
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GSTATS: u32 = 0x1d;
+const ETHTOOL_GFLAGS: u32 = 0x25;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
+const ETH_FLAG_RXVLAN: u32 = 1 << 8;
+const ETH_FLAG_LRO: u32 = 1 << 15;
 const ETH_SS_STATS: u32 = 1;
 
 /// Bytes of a statistic's name.
@@ -44,11 +48,59 @@ struct DriverInfo {
     rest: [u8; 12],
 }
 
+/// `struct ethtool_ringparam` of `linux/ethtool.h`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Rings {
+    cmd: u32,
+    max: [u32; 4],
+    rx: u32,
+    others: [u32; 3],
+}
+
+/// `struct ethtool_value` of `linux/ethtool.h`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Value {
+    cmd: u32,
+    data: u32,
+}
+
+/// What a device does to frames before anybody sees them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Several frames are made into one.
+    pub lro: bool,
+    /// VLAN tags are taken out of the frames.
+    pub rxvlan: bool,
+}
+
+/// `None` if the driver does not say.
+pub fn offloads(interface: &InterfaceName) -> Option<Offloads> {
+    let Value { data, .. } = call(interface, Value { cmd: ETHTOOL_GFLAGS, data: 0 })?;
+    Some(Offloads { lro: data & ETH_FLAG_LRO != 0, rxvlan: data & ETH_FLAG_RXVLAN != 0 })
+}
+
+/// Places of the device's RX rings, and the most that it can have; `None` if the driver does not say.
+pub fn rx_ring(interface: &InterfaceName) -> Option<(u32, u32)> {
+    let answer = call(interface, Rings { cmd: ETHTOOL_GRINGPARAM, ..Rings::default() })?;
+    Some((answer.rx, answer.max[0])).filter(|(_, most)| *most > 0)
+}
+
+/// The most RX queues that an interface can have, or `None` if the driver does not say.
+pub fn most_rx_queues(interface: &InterfaceName) -> Option<u32> {
+    let [rx, _, _, combined] = channels(interface)?.max;
+    Some(rx + combined).filter(|&queues| queues > 0)
+}
+
 /// RX queues in use, or `None` if the driver does not say.
 pub fn rx_queues(interface: &InterfaceName) -> Option<u32> {
-    let request = Channels { cmd: ETHTOOL_GCHANNELS, max: [0; 4], rx: 0, tx: 0, other: 0, combined: 0 };
-    let answer = call(interface, request)?;
+    let answer = channels(interface)?;
     Some(answer.rx + answer.combined).filter(|&queues| queues > 0)
+}
+
+fn channels(interface: &InterfaceName) -> Option<Channels> {
+    call(interface, Channels { cmd: ETHTOOL_GCHANNELS, max: [0; 4], rx: 0, tx: 0, other: 0, combined: 0 })
 }
 
 /// The driver's statistics by name, none if it has none.
@@ -103,7 +155,7 @@ pub fn driver(interface: &InterfaceName) -> Option<(String, String)> {
 
 /// Hands a request structure to the interface's driver, which answers in place.
 fn call<T: Copy>(interface: &InterfaceName, mut request: T) -> Option<T> {
-    // SAFETY: the request starts with the command that names its shape; both structures are laid out as the
+    // SAFETY: the request starts with the command that names its shape; the structures are laid out as the
     // kernel's.
     unsafe { ioctl(interface, (&raw mut request).cast()) }.then_some(request)
 }
@@ -128,3 +180,4 @@ unsafe fn ioctl(interface: &InterfaceName, request: *mut libc::c_char) -> bool {
 }
 
 const _: () = assert!(size_of::<Channels>() == 36 && size_of::<DriverInfo>() == 196);
+const _: () = assert!(size_of::<Rings>() == 36 && size_of::<Value>() == 8);

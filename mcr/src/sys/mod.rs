@@ -11,6 +11,7 @@ pub mod map_batch;
 pub mod multicast;
 pub mod netdev;
 pub mod netlink;
+pub mod packet_tap;
 pub mod privileges;
 pub mod seccomp;
 pub mod service_manager;

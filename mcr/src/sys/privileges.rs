@@ -71,6 +71,12 @@ pub fn missing() -> Vec<String> {
     NEEDED.iter().filter(|capability| !held.contains(capability)).map(ToString::to_string).collect()
 }
 
+/// What the daemon uses and a process with this mask of capabilities lacks.
+pub fn lacking(mask: u64) -> Vec<String> {
+    let lacks = |capability: &&Capability| mask & capability.bitmask() == 0;
+    NEEDED.iter().chain(&USED).filter(lacks).map(ToString::to_string).collect()
+}
+
 /// All that the daemon uses, by name.
 pub fn documented() -> Vec<String> {
     NEEDED.iter().chain(&USED).map(ToString::to_string).collect()

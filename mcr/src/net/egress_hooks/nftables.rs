@@ -41,6 +41,11 @@ pub(super) struct Chain {
 }
 
 impl Chain {
+    /// As `nft` takes it: family, table and name.
+    pub(super) fn path(&self) -> String {
+        format!("{} {}", self.table, self.name)
+    }
+
     pub(super) fn is_of(&self, interface: &InterfaceName) -> bool {
         let interface = interface.as_str();
         self.devices
