@@ -65,7 +65,10 @@ impl Daemon {
             Request::Stop(Stop { keep }) => Some(*keep),
             _ => None,
         };
-        let answer = self.perform(call.request).await;
+        let answer = match call.request {
+            Request::EventsSubscribe => self.subscribe(call.subscriber),
+            request => self.perform(request).await,
+        };
         let done = answer.is_ok();
         // A client that has gone misses its answer, nothing else.
         let _ = call.reply.send(answer);
@@ -100,6 +103,8 @@ impl Daemon {
             Request::ConfigConfirm => self.confirm(),
             Request::ConfigRollback => self.roll_back().await,
             Request::ConfigSave => self.save_all(),
+            // It comes with its subscriber.
+            Request::EventsSubscribe => self.subscribe(None),
             Request::LogLevelGet => json(&self.log_level()),
             Request::LogLevelSet(level) => self.set_log_level(&level).await,
         }

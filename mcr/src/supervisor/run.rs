@@ -50,6 +50,7 @@ use crate::{
         log::LogControl,
         settings::Settings,
         state::{Limits, State},
+        subscribers::Subscribers,
         worker_process::{self, End, WorkerProcess},
     },
     sys::{
@@ -101,6 +102,7 @@ pub struct Daemon {
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
     pub packet_sockets: BTreeMap<WorkerId, PacketIngress>,
     pub configuration: Configuration,
+    pub subscribers: Subscribers,
     pub journal: Journal,
     /// What keeps rules that are added by command from outliving the daemon, if something does.
     pub journal_failure: Option<String>,
@@ -189,6 +191,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         workers: BTreeMap::new(),
         packet_sockets: BTreeMap::new(),
         configuration: Configuration::new(launch),
+        subscribers: Subscribers::default(),
         journal,
         journal_failure: None,
         journal_is_old: false,
@@ -383,6 +386,7 @@ impl Daemon {
                     self.look_for_neighbours(false).await;
                 }
                 _ = quarter.tick() => {
+                    self.tell_subscribers();
                     if self.neighbours.is_stale() {
                         self.read_next_hops().await;
                     }
@@ -396,6 +400,7 @@ impl Daemon {
             }
         }
 
+        self.dismiss_subscribers();
         server_end.notify_one();
         // Calls that are under way are dropped, which answers that the daemon is ending.
         loop {
