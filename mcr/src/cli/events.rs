@@ -10,8 +10,10 @@ use crate::api::{
 /// Print what happens, as it happens: a line of JSON for each change of rules, workers, interfaces, alarms and
 /// configuration
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Ends with 0 when the daemon is stopped (the last event is daemon.stopping), with 1 when it \
-                        went otherwise or this reader was too slow, with 3 when there was none.")]
+#[command(
+    after_help = "Ends with 0 when the daemon is stopped (the last event is daemon.stopping), with 1 when it \
+                        went otherwise or this reader was too slow, with 3 when there was none."
+)]
 pub struct Args {
     #[command(flatten)]
     remote: Remote,
@@ -22,7 +24,9 @@ pub struct Args {
 enum Ended {
     #[error("the daemon tells no more events: what reads them here is too slow; read faster, or into a file")]
     Overrun,
-    #[error("the events break off: the daemon was killed, or what reads them here was too slow for it; see its log")]
+    #[error(
+        "the events break off: the daemon was killed, or what reads them here was too slow for it; see its log"
+    )]
     BrokenOff,
 }
 
@@ -32,7 +36,9 @@ impl Args {
         client.call::<Subscribed>(&Request::EventsSubscribe)?;
         loop {
             let event = match client.next_event() {
-                Err(ClientError::Closed { .. } | ClientError::HalfALine { .. }) => return Err(Ended::BrokenOff.into()),
+                Err(ClientError::Closed { .. } | ClientError::HalfALine { .. }) => {
+                    return Err(Ended::BrokenOff.into());
+                }
                 other => other?,
             };
             let mut line = serde_json::to_string(&event)?;

@@ -43,7 +43,7 @@ pub fn json(answer: &impl Serialize) -> Answer {
 impl Daemon {
     /// Does what a call asks and replies.
     pub async fn answer(&mut self, call: Call) {
-        let changes = matches!(
+        let is_noted = matches!(
             call.request,
             Request::RuleAdd(_)
                 | Request::RuleSet(_)
@@ -52,9 +52,10 @@ impl Daemon {
                 | Request::ConfigConfirm
                 | Request::ConfigRollback
                 | Request::ConfigSave
+                | Request::EventsSubscribe
                 | Request::Stop(_)
         );
-        if changes {
+        if is_noted {
             info!(uid = call.peer.uid, pid = call.peer.pid, request = ?call.request, "asked");
         }
         if let Request::ConfigLoad(load) = &call.request {

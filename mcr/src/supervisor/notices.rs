@@ -70,7 +70,8 @@ impl Look {
         for id in workers {
             worker(id, before.workers.get(id), self.workers.get(id), &mut told);
         }
-        let stands = |name: &RuleName, known: &SeenRule| self.rules.get(name).is_some_and(|rule| rule.is_same(known));
+        let stands =
+            |name: &RuleName, known: &SeenRule| self.rules.get(name).is_some_and(|rule| rule.is_same(known));
         let removed = before.rules.iter().filter(|(name, known)| !stands(name, known));
         told.extend(removed.map(|(name, _)| Occurrence::RuleRemoved { rule: name.to_string() }));
         for (name, rule) in &self.rules {

@@ -485,6 +485,7 @@ impl Daemon {
                     // Another interface may have the name of one that took redirected frames.
                     let targets = self.ask_targets();
                     self.take(Event::Targets(targets)).await;
+                    self.tell_subscribers();
                 }
             }
             Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
@@ -590,6 +591,7 @@ impl Daemon {
             self.books.worker_died(&id, running, &self.programs);
         }
         self.take(Event::WorkerExited { id, why, lived }).await;
+        self.tell_subscribers();
     }
 
     /// Does what is planned until nothing is.
