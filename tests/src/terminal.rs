@@ -217,9 +217,9 @@ fn run_of(svg: &mut String, row: u16, start: usize, cells: &[&Cell]) {
     let (foreground, background, bold, dim) = look(cells[0]);
     let left = 10.0 + CELL.0 * f64::from(u16::try_from(start).expect("columns"));
     let top = 10.0 + CELL.1 * f64::from(row);
-    let length = CELL.0 * f64::from(u16::try_from(cells.len()).expect("columns"));
+    let long = |cells: usize| CELL.0 * f64::from(u16::try_from(cells).expect("columns"));
     if let Some(background) = background {
-        let height = CELL.1;
+        let (length, height) = (long(cells.len()), CELL.1);
         let _ = writeln!(
             svg,
             "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{length:.1}\" height=\"{height}\" fill=\"{background}\"/>"
@@ -228,6 +228,8 @@ fn run_of(svg: &mut String, row: u16, start: usize, cells: &[&Cell]) {
     if text.trim().is_empty() {
         return;
     }
+    let text = text.trim_end();
+    let length = long(text.chars().count());
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     let weight = if bold { " font-weight=\"bold\"" } else { "" };
     let opacity = if dim { " opacity=\"0.65\"" } else { "" };

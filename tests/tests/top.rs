@@ -1,13 +1,13 @@
 //! `mcr top` on a terminal, beside a daemon that relays.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Duration};
 
 use mcr::api::client::Client;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tests::{Relay, Site, Source, Terminal, relay::spec, source::Stream, wait::PATIENCE};
+use tests::{Relay, Site, Source, Terminal, relay::spec, source::Stream, wait::PATIENCE, wait_until};
 
 const ROWS: u16 = 24;
 const COLUMNS: u16 = 100;
@@ -20,6 +20,10 @@ fn line<'a>(screen: &'a str, start: &str) -> &'a str {
 /// Cells of a line.
 fn cells(line: &str) -> Vec<&str> {
     line.split_whitespace().collect()
+}
+
+fn bars(line: &str) -> usize {
+    line.chars().filter(|letter| ('▁'..='█').contains(letter)).count()
 }
 
 /// Rules in the order of the screen.
@@ -82,7 +86,9 @@ fn rates_workers_and_drops_are_seen() {
             };
             [2, 4].iter().all(|at| rate(*at).is_some_and(|rate| (low..high).contains(&rate)))
         };
-        near(&cam1, 1_800.0, 2_200.0) && near(&beta, 400.0, 600.0) && order(screen) == ["cam1", "beta", "alfa"]
+        near(&cam1, 1_800.0, 2_200.0)
+            && near(&beta, 400.0, 600.0)
+            && order(screen) == ["cam1", "beta", "alfa"]
     });
     assert!(line(&screen, "mcr ").contains("is working"), "{screen}");
     assert!(
@@ -90,8 +96,7 @@ fn rates_workers_and_drops_are_seen() {
         "{screen}"
     );
     terminal.until("a sparkline and the worker's CPU", |screen| {
-        let bars = line(screen, "cam1 ").chars().filter(|letter| ('▁'..='█').contains(letter)).count();
-        bars >= 2 && cells(line(screen, "in0/xdp0")).get(2) == Some(&"%")
+        bars(line(screen, "cam1 ")) >= 2 && cells(line(screen, "in0/xdp0")).get(2) == Some(&"%")
     });
     // What is lost has its rate and its reason.
     site.relay.ip(&["link set out0 down"]);
@@ -104,8 +109,11 @@ fn rates_workers_and_drops_are_seen() {
     terminal.until("it is active again", |screen| line(screen, "cam1 ").contains("active"));
     // A picture, for whoever asks for one.
     if let Some(path) = std::env::var_os("MCR_TOP_PICTURE") {
-        let rates = |screen: &str| line(screen, "cam1 ").contains("k/s");
-        terminal.until("rates", rates);
+        wait_until("a minute of rates, and of no drops", Duration::from_secs(120), || {
+            let screen = terminal.text();
+            let cam1 = line(&screen, "cam1 ");
+            bars(cam1) >= 30 && cam1.contains(" 0 /s pending") && screen.contains("drops 0 /s")
+        });
         fs::write(Path::new(&path), terminal.svg()).expect("the picture can be written");
     }
 }
@@ -177,8 +185,8 @@ fn a_daemon_that_goes_and_comes_back_is_followed() {
     terminal.until_text(&first);
     relay.cli(&["stop"]).ok();
     assert!(relay.wait(PATIENCE).success());
-    let screen = terminal.until_text("is gone; looking for it");
-    assert!(screen.contains("no daemon on") && screen.contains("cam1"), "{screen}");
+    let screen = terminal.until("what it looks for", |screen| screen.contains("no daemon on"));
+    assert!(screen.contains("is gone; looking for it") && screen.contains("cam1"), "{screen}");
     relay.start_again(&site);
     let second = format!("pid {}", relay.pid());
     let screen = terminal.until_text(&second);

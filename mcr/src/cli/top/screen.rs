@@ -16,7 +16,7 @@ use crate::{
     api::wire::Health,
     cli::{
         status::verdict,
-        text::{count, rate, si, total},
+        text::{count, plural, rate, si, total},
     },
 };
 
@@ -93,10 +93,11 @@ fn header(model: &Model, area: Rect) -> Vec<Line<'_>> {
     ];
     if area.height >= ROOM_FOR_MORE {
         lines.push(Line::from(format!(
-            "{counts}  workers {}/{}, {} restarts",
+            "{counts}  workers {}/{}, {} restart{}",
             status.workers_running,
             status.workers_total,
-            count(status.worker_restarts)
+            count(status.worker_restarts),
+            plural(usize::try_from(status.worker_restarts).unwrap_or(usize::MAX)),
         )));
     }
     if let Some(why) = &model.lost {

@@ -191,7 +191,7 @@ fn a_screen_of_the_usual_size() {
     let expected = "\
 mcr 0.1.0 is working in part: something is pending             up 3h 10m, pid 77
 in 10.5 k/s 0 b/s  out 21.0 k/s 221.1 Mb/s  drops 3 /s
-rules 4, 1 pending, 1 stalled  workers 1/1, 1 restarts
+rules 4, 1 pending, 1 stalled  workers 1/1, 1 restart
 RULE   STATE          IN       OUT LAST MINUTE            DROPS WORST
 busy   active   10.0 k/s  20.0 k/s ██                      3 /s queue_full
 steady active    1.0 k/s   2.0 k/s ▄█                      0 /s queue_full
