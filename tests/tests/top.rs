@@ -109,7 +109,7 @@ fn rates_workers_and_drops_are_seen() {
     terminal.until("it is active again", |screen| line(screen, "cam1 ").contains("active"));
     // A picture, for whoever asks for one.
     if let Some(path) = std::env::var_os("MCR_TOP_PICTURE") {
-        wait_until("a minute of rates, and of no drops", Duration::from_secs(120), || {
+        wait_until("a minute of rates, and of no drops", Duration::from_mins(2), || {
             let screen = terminal.text();
             let cam1 = line(&screen, "cam1 ");
             bars(cam1) >= 30 && cam1.contains(" 0 /s pending") && screen.contains("drops 0 /s")

@@ -11,7 +11,7 @@ pub fn used(pid: u32) -> Option<Duration> {
     Some(Duration::from_millis(ticks.saturating_mul(1000) / u64::try_from(per_second).ok()?.max(1)))
 }
 
-/// `utime` and `stime`, fields 14 and 15 of proc_pid_stat(5). The second field, in parentheses, may hold anything.
+/// `utime` and `stime`, fields 14 and 15 of `proc_pid_stat(5)`. The second field, in parentheses, may hold anything.
 pub fn ticks(stat: &str) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_ascii_whitespace().skip(11);

@@ -25,11 +25,11 @@ impl Model {
             KeyCode::End => self.step(isize::MAX),
             KeyCode::Enter => self.editing = false,
             KeyCode::Backspace if self.editing => self.editing = self.filter.pop().is_some(),
-            KeyCode::Char(letter) if self.editing => {
-                if !control && self.filter.len() < MAX_FILTER {
-                    self.filter.push(letter);
-                }
+            // Whatever is no letter of a filter is nothing while one is typed.
+            KeyCode::Char(letter) if self.editing && !control && self.filter.len() < MAX_FILTER => {
+                self.filter.push(letter);
             }
+            KeyCode::Char(_) if self.editing => {}
             KeyCode::Char('q') | KeyCode::Esc => return true,
             KeyCode::Char('/') => {
                 self.editing = true;

@@ -23,7 +23,7 @@ use ratatui::crossterm::event::{self, Event, KeyEvent, KeyEventKind};
 use super::remote::Remote;
 use crate::api::{
     client::{Client, ClientError},
-    wire::{Request, StatsQuery},
+    wire::{Request, RuleList, Stats, StatsQuery, Status},
 };
 use model::{Model, Sample, Sort};
 
@@ -165,13 +165,13 @@ fn follow_daemon(client: Client, control: PathBuf, interval: Duration, inputs: S
 }
 
 fn look(client: &mut Client) -> Result<Sample, ClientError> {
-    let stats: crate::api::wire::Stats = client.call(&Request::Stats(StatsQuery::default()))?;
+    let counters: Stats = client.call(&Request::Stats(StatsQuery::default()))?;
     let at = Instant::now();
-    let status: crate::api::wire::Status = client.call(&Request::Status)?;
-    let rules: crate::api::wire::RuleList = client.call(&Request::RuleList)?;
+    let status: Status = client.call(&Request::Status)?;
+    let rules: RuleList = client.call(&Request::RuleList)?;
     // Its process ids are ours only where it knows itself by the one by which we know it.
     let ours = client.daemon_pid().is_some_and(|pid| pid.cast_unsigned() == status.pid);
-    let pids = stats.workers.iter().filter_map(|worker| worker.pid.filter(|_| ours));
+    let pids = counters.workers.iter().filter_map(|worker| worker.pid.filter(|_| ours));
     let cpu = pids.filter_map(|pid| Some((pid, cpu::used(pid)?))).collect();
-    Ok(Sample { at, stats, status, rules: rules.rules, cpu })
+    Ok(Sample { at, stats: counters, status, rules: rules.rules, cpu })
 }

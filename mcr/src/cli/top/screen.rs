@@ -1,6 +1,6 @@
 //! What a [`Model`] looks like at a size: pure.
 
-use std::time::Duration;
+use std::{fmt::Write, time::Duration};
 
 use ratatui::{
     Frame,
@@ -73,7 +73,7 @@ fn header(model: &Model, area: Rect) -> Vec<Line<'_>> {
     let mut counts = format!("rules {}", count(rules.total.into()));
     for (number, what) in [(rules.failed, "failed"), (rules.pending, "pending"), (rules.stalled, "stalled")] {
         if number > 0 {
-            counts.push_str(&format!(", {number} {what}"));
+            let _ = write!(counts, ", {number} {what}");
         }
     }
     let drops = model.drop_rate();
@@ -243,9 +243,10 @@ fn table(model: &Model, area: Rect) -> Vec<Line<'_>> {
         lines.push(Line::styled(line(&|column| (column.cell)(row)), style));
     }
     if shown.is_empty() {
-        let why = match model.rows.is_empty() {
-            true => "no rules: add one with `mcr rule add`".to_owned(),
-            false => format!("none of {} rules has '{}' in it", model.rows.len(), model.filter),
+        let why = if model.rows.is_empty() {
+            "no rules: add one with `mcr rule add`".to_owned()
+        } else {
+            format!("none of {} rules has '{}' in it", model.rows.len(), model.filter)
         };
         lines.push(Line::from(why));
     }
