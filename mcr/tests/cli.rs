@@ -72,6 +72,7 @@ fn no_daemon_is_status_3_for_every_command_that_needs_one() {
         "stats --watch",
         "stats cam1",
         "workers",
+        "events",
         "rule list",
         "rule show cam1",
         "rule remove cam1",
@@ -120,6 +121,8 @@ fn usage_is_status_2() {
         "rule show",
         "rule set cam1 --datapath fast",
         "log-level set loud",
+        "top --sort colour",
+        "top --interval 0",
         "run --workers 0",
     ] {
         assert_eq!(mcr(&dir.socket(), arguments).output().unwrap().status.code(), Some(2), "{arguments}");

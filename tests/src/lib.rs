@@ -19,6 +19,7 @@ pub mod scratch;
 pub mod service_manager;
 pub mod site;
 pub mod source;
+pub mod terminal;
 pub mod traffic;
 pub mod unit;
 pub mod usage;
@@ -36,6 +37,7 @@ pub use crate::{
     service_manager::ServiceManager,
     site::Site,
     source::Source,
+    terminal::Terminal,
     traffic::{Generator, Receiver},
     unit::Unit,
     usage::Usage,

@@ -45,7 +45,7 @@ const BUILD: &[Need] = &[
     need("pkg-config", Probe::Program("pkg-config")),
 ];
 
-/// What the tests and the demo call: ip, tc, bridge, bpftool, ethtool, nft, sysctl, systemd-analyze.
+/// What the tests and the demo call, and what the examples of the docs do.
 const TEST: &[Need] = &[
     need("iproute2", Probe::Program("ip")),
     need("bpftool", Probe::Program("bpftool")),
@@ -57,6 +57,8 @@ const TEST: &[Need] = &[
     need("man-db", Probe::Program("man")),
     need("zsh", Probe::Program("zsh")),
     need("fish", Probe::Program("fish")),
+    need("python3", Probe::Program("python3")),
+    need("socat", Probe::Program("socat")),
 ];
 
 /// What the bench compares mcr with, and sets its cables with.

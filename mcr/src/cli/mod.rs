@@ -3,6 +3,7 @@
 mod completions;
 mod config;
 mod doctor;
+mod events;
 mod generate;
 mod hold;
 mod log_level;
@@ -16,6 +17,7 @@ mod stats;
 mod status;
 mod stop;
 mod text;
+mod top;
 mod traffic;
 mod worker;
 mod workers;
@@ -45,6 +47,8 @@ enum Command {
     Stats(stats::Args),
     Workers(workers::Args),
     Doctor(doctor::Args),
+    Top(top::Args),
+    Events(events::Args),
     Config(config::Args),
     Ping(ping::Args),
     LogLevel(log_level::Args),
@@ -71,6 +75,8 @@ pub fn main() -> ExitCode {
         Command::Stats(args) => args.run().map(done),
         Command::Workers(args) => args.run().map(done),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Top(args) => args.run().map(done),
+        Command::Events(args) => args.run().map(done),
         Command::Config(args) => args.run().map(done),
         Command::Ping(args) => args.run().map(done),
         Command::LogLevel(args) => args.run().map(done),

@@ -13,10 +13,12 @@ pub mod host;
 mod inheritance;
 pub mod journal;
 mod log;
+mod notices;
 mod run;
 mod service;
 pub mod settings;
 pub mod state;
+mod subscribers;
 mod worker_process;
 
 use std::path::PathBuf;
