@@ -163,8 +163,7 @@ pub fn parse(frame: &impl Bytes) -> Result<Datagram, Reject> {
 /// RFC 1071: the ones' complement sum over a header with its checksum is all ones.
 #[inline(always)]
 fn header_checksum_holds(ip: &[u32; IPV4_LEN / 4]) -> bool {
-    let [a, b, c, d, e] = *ip;
-    fold(u64::from(a) + u64::from(b) + u64::from(c) + u64::from(d) + u64::from(e)) == 0xffff
+    fold(ip.iter().map(|word| u64::from(*word)).sum()) == 0xffff
 }
 
 /// The ones' complement sum of 16 bits (RFC 1071) of what was added up in words of 16 or 32 bits. It knows no byte order.

@@ -134,15 +134,14 @@ pub struct Tag {
 impl Tag {
     #[inline(always)]
     pub const fn to_words(self) -> [u32; TAG_LEN / 4] {
-        let [a, b, c, d, e, f, g, h] = self.sequence.to_ne_bytes();
-        [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]), self.fan]
+        [self.sequence as u32, (self.sequence >> 32) as u32, self.fan]
     }
 
     /// The tag at the beginning of a frame.
     #[inline(always)]
-    pub const fn of(headers: &Headers) -> Self {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = *headers;
-        Self { sequence: u64::from_ne_bytes([a, b, c, d, e, f, g, h]), fan: u32::from_ne_bytes([i, j, k, l]) }
+    pub fn of(headers: &Headers) -> Self {
+        let [low, high, fan] = [long(headers, 0), long(headers, 4), long(headers, 8)];
+        Self { sequence: high << 32 | low, fan: fan as u32 }
     }
 }
 
@@ -226,6 +225,9 @@ pub fn rewrite(headers: &mut Headers, output: &Rewrite) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Less three words it is the sum of their complements: what adding these subtracts.
+const THREE_WORDS: u64 = 3 * u32::MAX as u64;
+
 /// The UDP checksum that goes with an output's addresses and ports; 0 for none.
 #[inline(always)]
 fn udp_checksum(headers: &Headers, output: &Rewrite) -> u16 {
@@ -236,8 +238,6 @@ fn udp_checksum(headers: &Headers, output: &Rewrite) -> u16 {
     if checksum == 0 || checksum == fold(pseudo_header) {
         return 0;
     }
-    // Less a word is more its complement.
-    const THREE_WORDS: u64 = 3 * u32::MAX as u64;
     let less_former = THREE_WORDS - (addresses + long(headers, PORTS));
     let [from_high, from_low] = output.source_port;
     let [to_high, to_low] = output.destination_port;

@@ -72,7 +72,7 @@ impl Root {
             let _unreadable = keeper.stderr.take().expect("piped").read_to_string(&mut why);
             panic!("no throwaway root (root and overlayfs needed): {why}");
         }
-        Self { keeper, scratch: scratch }
+        Self { keeper, scratch }
     }
 
     /// A file of the root, as it is reached from outside.

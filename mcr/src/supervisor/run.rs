@@ -170,12 +170,7 @@ pub async fn run(
     // And open what tells of legacy iptables.
     let hooks = EgressHooks::open().inspect_err(|error| warn!("auto redirects no rule: {error}"));
     let hooks = hooks.ok().map(Arc::new);
-    if let Err(error) = privileges::step_down(account.as_ref()) {
-        anyhow::bail!("the daemon cannot give up what it does not need: {error}");
-    }
-    access("/proc/self/exe", AccessFlags::X_OK).with_context(|| {
-        format!("user {} may not execute mcr itself: make it so, for its workers", geteuid())
-    })?;
+    step_down(account.as_ref())?;
     if limits.no_bpf.is_none() {
         namespace.check_pins()?;
     }
@@ -247,6 +242,15 @@ pub async fn run(
     daemon.end();
     leave(namespace, lock);
     served
+}
+
+/// Gives up what the daemon does not need, and sees that it still has what its workers need.
+fn step_down(account: Option<&Account>) -> anyhow::Result<()> {
+    privileges::step_down(account)
+        .map_err(|error| anyhow::anyhow!("the daemon cannot give up what it does not need: {error}"))?;
+    access("/proc/self/exe", AccessFlags::X_OK).with_context(|| {
+        format!("user {} may not execute mcr itself: make it so, for its workers", geteuid())
+    })
 }
 
 /// What the settings and this host give, or why they give too little.
