@@ -84,6 +84,8 @@ fn sections(command: &Command, name: &str) -> Vec<(&'static str, Entries)> {
     let status = match name {
         "mcr" => Some(STATUS),
         "mcr-run" => Some(RUN_STATUS),
+        // Its description says its own.
+        "mcr-doctor" => None,
         _ => is_of_the_daemon.then_some(STATUS),
     };
     let environment = match name {
@@ -192,6 +194,11 @@ const EXAMPLES: &[(&str, Entries)] = &[
     ),
     ("mcr-rule-show", &[("mcr rule show cam1", "Tells which datapath the rule has and why.")]),
     ("mcr-rule-list", &[("mcr rule list --json", "All rules as one line of JSON.")]),
+    ("mcr-doctor", &[("mcr doctor cam1", "Tells why nothing of a rule flows, and what mends it.")]),
+    (
+        "mcr-events",
+        &[("mcr events", "Prints what happens from now on, a line of JSON each, until it is interrupted.")],
+    ),
     ("mcr-stats", &[("mcr stats --watch cam1", "Follows one rule.")]),
     (
         "mcr-config-load",
