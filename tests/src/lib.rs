@@ -11,6 +11,7 @@ pub mod capture;
 pub mod deprive;
 pub mod frame;
 pub mod ground;
+pub mod guide;
 pub mod namespace;
 pub mod process;
 pub mod relay;

@@ -5,9 +5,10 @@
 
 use std::{
     fs,
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     os::unix::fs::PermissionsExt,
     path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -23,7 +24,7 @@ use tests::{
     source::Stream,
     traffic::Counts,
     wait::PATIENCE,
-    wait_until,
+    wait_for, wait_until,
 };
 
 /// Files of a configuration in the test's own directory.
@@ -477,6 +478,33 @@ fn the_source_port_is_the_same_after_a_restart() {
         relay.start_again(&site);
     }
     assert!(ports.iter().all(|port| *port == ports[0]), "{ports:?}");
+}
+
+#[test]
+fn a_source_port_that_is_held_a_moment_longer_is_waited_for() {
+    let site = Site::default();
+    let mut relay = Relay::start(&site);
+    relay.add("cam", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]);
+    let port = |relay: &Relay| {
+        let log = relay.log();
+        log.split("source_port=").nth(1).unwrap().lines().next().unwrap().parse::<u16>().unwrap()
+    };
+    let before = port(&relay);
+    relay.cli(&["stop"]).ok();
+    relay.wait(PATIENCE);
+    // As sockets do that an io_uring of the daemon before still holds.
+    let held = wait_for("the port is free", PATIENCE, || {
+        site.relay.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, before))).ok()
+    });
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let place = site.scratch.pin_root().to_str().unwrap();
+            wait_until("a daemon has its place", PATIENCE, || site.relay.proc_net("unix").contains(place));
+            drop(held);
+        });
+        relay.start_again(&site);
+    });
+    assert_eq!(port(&relay), before, "{}", relay.log());
 }
 
 #[test]

@@ -59,6 +59,10 @@ const TEST: &[Need] = &[
     need("fish", Probe::Program("fish")),
     need("python3", Probe::Program("python3")),
     need("socat", Probe::Program("socat")),
+    // And what the guide and the README call.
+    need("curl", Probe::Program("curl")),
+    need("tcpdump", Probe::Program("tcpdump")),
+    need("util-linux", Probe::Program("setpriv")),
 ];
 
 /// What the bench compares mcr with, and sets its cables with.

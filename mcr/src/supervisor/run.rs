@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context;
@@ -67,6 +67,9 @@ use crate::{
 
 /// Calls that wait for the supervisor.
 const CALLS: usize = 256;
+
+/// How long the source port of the daemon before is waited for.
+const PORT_LINGERS: Duration = Duration::from_secs(1);
 
 /// How often the counters of the devices are read where nobody asks: what was lost since then is not known of
 /// a device that goes.
@@ -175,7 +178,7 @@ pub async fn run(
         namespace.check_pins()?;
     }
     let (journal, memory) = Journal::open(lock.journal());
-    let source_port = hold_source_port(settings.source_port, memory.source_port)?;
+    let source_port = hold_source_port(settings.source_port, memory.source_port).await?;
     let listener = tokio::net::UnixListener::from_std(socket::bind(&lock, group)?)?;
     let metrics = settings.metrics.as_ref().map(|address| address.bind(group)).transpose()?;
     let links = LinkWatch::open().context("the interfaces cannot be watched by netlink")?;
@@ -304,14 +307,27 @@ fn check_budget(limits: &Limits, datapath: Option<Datapath>) -> anyhow::Result<(
 }
 
 /// The source port that was asked for, else the one that the daemon before had chosen, else any.
-fn hold_source_port(asked: Option<u16>, former: Option<u16>) -> anyhow::Result<SourcePort> {
+async fn hold_source_port(asked: Option<u16>, former: Option<u16>) -> anyhow::Result<SourcePort> {
     if let (None, Some(former)) = (asked, former) {
-        match SourcePort::hold(Some(former)) {
+        match hold_once_free(Some(former)).await {
             Ok(port) => return Ok(port),
             Err(error) => warn!(former, "the source port of before cannot be had, another is taken: {error}"),
         }
     }
-    SourcePort::hold(asked).with_context(|| source_port_refused(asked))
+    hold_once_free(asked).await.with_context(|| source_port_refused(asked))
+}
+
+/// The egress sockets of the daemon before may outlive it and its workers: the kernel takes an `io_uring` down later.
+async fn hold_once_free(port: Option<u16>) -> io::Result<SourcePort> {
+    let start = Instant::now();
+    loop {
+        match SourcePort::hold(port) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && start.elapsed() < PORT_LINGERS => {
+                sleep(Duration::from_millis(10)).await;
+            }
+            held => return held,
+        }
+    }
 }
 
 fn source_port_refused(asked: Option<u16>) -> String {
