@@ -513,7 +513,7 @@ fn is_link_local(group: Ipv4Addr) -> bool {
 }
 
 /// In what two rules of one name differ, or `None` if in nothing.
-fn difference(known: &Rule, new: &Rule) -> Option<String> {
+pub fn difference(known: &Rule, new: &Rule) -> Option<String> {
     let mut parts = Vec::new();
     if known.input != new.input {
         parts.push(format!("its input ({} instead of {})", known.input, new.input));

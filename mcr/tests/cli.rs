@@ -72,6 +72,7 @@ fn no_daemon_is_status_3_for_every_command_that_needs_one() {
         "stats --watch",
         "stats cam1",
         "workers",
+        "events",
         "rule list",
         "rule show cam1",
         "rule remove cam1",

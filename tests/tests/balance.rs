@@ -10,7 +10,10 @@ use std::{
 };
 
 use mcr::{
-    api::wire::{Alarm, DeviceStats, Health, RuleStats, Status},
+    api::{
+        event::{Event, Occurrence},
+        wire::{Alarm, DeviceStats, Health, RuleStats, Status},
+    },
     datapath::af_xdp,
     rule::{OutputSlot, RuleSlot},
     ruleset::OUTPUTS_PER_RULE,
@@ -22,7 +25,7 @@ use nix::{
     unistd::Pid,
 };
 use tests::{
-    RawSender, Relay, Site, Source,
+    Process, RawSender, Relay, Site, Source,
     relay::{interface_balances, lost, outputs_balance, unaccounted},
     site::{ETH, Plan},
     source::Stream,
@@ -175,6 +178,8 @@ fn a_gap_at_rest_is_an_alarm_until_it_is_gone() {
     let ledger = ledger(&relay);
     let output = ledger.output(OutputSlot(0));
     assert_eq!((output.received.get(), output.sent.get()), (1_000, 1_000));
+    let mut events = Process::spawn(&mut relay.call(&["events"]));
+    wait_until("mcr events has subscribed", PATIENCE, || relay.log().contains("EventsSubscribe"));
 
     output.received.add(5);
     let [alarm] = &alarms(&relay, 1)[..] else { unreachable!() };
@@ -195,6 +200,15 @@ fn a_gap_at_rest_is_an_alarm_until_it_is_gone() {
     alarms(&relay, 0);
     assert_eq!(status(&relay).health, Health::Active);
     assert!(relay.log().contains("it balances again"));
+    wait_until("both are told", PATIENCE, || events.stdout().contains("alarm.cleared"));
+    let told: Vec<Event> = events.stdout().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let told = told.into_iter().map(|event| event.occurrence);
+    let told: Vec<_> = told.filter(|told| !matches!(told, Occurrence::RuleStalled { .. })).collect();
+    let since = alarm.since.clone();
+    let cleared = Occurrence::AlarmCleared { what: words.to_owned(), since: since.clone() };
+    let raised = Occurrence::AlarmRaised { what: words.to_owned(), gap: 5, since, next: alarm.next.clone() };
+    assert_eq!(told, [raised, cleared]);
+    assert!(events.ended().is_none());
     assert_eq!(said(&relay), 2);
 }
 

@@ -43,13 +43,15 @@ const BUILD: &[Need] = &[
     need("pkg-config", Probe::Program("pkg-config")),
 ];
 
-/// What the tests and the demo call: ip, tc, bridge, bpftool, ethtool, nft, sysctl.
+/// What the tests and the demo call: ip, tc, bridge, bpftool, ethtool, nft, sysctl, and what the examples of the docs do.
 const TEST: &[Need] = &[
     need("iproute2", Probe::Program("ip")),
     need("bpftool", Probe::Program("bpftool")),
     need("ethtool", Probe::Program("ethtool")),
     need("nftables", Probe::Program("nft")),
     need("procps", Probe::Program("sysctl")),
+    need("python3", Probe::Program("python3")),
+    need("socat", Probe::Program("socat")),
 ];
 
 /// What the bench compares mcr with, and sets its cables with.

@@ -21,7 +21,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
 
 use super::{
-    rpc::{self, Response},
+    event::Event,
+    rpc::{self, Notification, Response},
     socket::{PathTooLong, check_length},
     wire::{self, Request, code},
 };
@@ -65,6 +66,8 @@ pub enum ClientError {
     ResponseTooLong { path: PathBuf },
     #[error("the daemon on {path} closed the connection without an answer: it may be ending; see its log")]
     Closed { path: PathBuf },
+    #[error("{path} sends half a line: the daemon may have been killed; see its log")]
+    HalfALine { path: PathBuf },
     #[error(
         "what {path} answers is not mcr's control protocol ({why}): are client and daemon of one version?"
     )]
@@ -83,6 +86,8 @@ pub struct Client {
     path: PathBuf,
     timeout: Duration,
     last_id: u64,
+    /// What came after the last line that was read.
+    unread: Vec<u8>,
 }
 
 impl Client {
@@ -101,7 +106,7 @@ impl Client {
             Ok(UnixStream::from(socket))
         };
         let stream = stream().map_err(|error| connect_error(path, timeout, error))?;
-        Ok(Self { stream, path: path.to_owned(), timeout, last_id: 0 })
+        Ok(Self { stream, path: path.to_owned(), timeout, last_id: 0, unread: Vec::new() })
     }
 
     /// Process id of the daemon as this process's PID namespace knows it.
@@ -130,16 +135,25 @@ impl Client {
         let patience = Instant::now() + BUSY_PATIENCE;
         loop {
             self.send(&line)?;
-            let response = self.receive(deadline)?;
+            let response = self.receive(Some(deadline))?;
             match self.result(&response) {
                 // Too many clients at once: it was not begun, and room comes soon.
                 Err(ClientError::Refused(error)) if error.code == code::BUSY && Instant::now() < patience => {
                     thread::sleep(BUSY_PAUSE);
+                    self.unread.clear();
                     self.stream = Self::connect_within(&self.path, self.timeout)?.stream;
                 }
                 result => return result,
             }
         }
+    }
+
+    /// Waits for the next notification, for as long as it takes.
+    pub fn next_event(&mut self) -> Result<Event, ClientError> {
+        let line = self.receive(None)?;
+        let notification: Notification<Event> =
+            serde_json::from_slice(&line).map_err(|error| self.protocol(error.to_string()))?;
+        Ok(notification.params)
     }
 
     fn send(&mut self, line: &[u8]) -> Result<(), ClientError> {
@@ -151,33 +165,34 @@ impl Client {
     }
 
     /// Reads up to the newline, which is not part of what it returns.
-    fn receive(&mut self, deadline: Instant) -> Result<Vec<u8>, ClientError> {
-        let mut line = Vec::new();
+    fn receive(&mut self, deadline: Option<Instant>) -> Result<Vec<u8>, ClientError> {
+        let mut line = std::mem::take(&mut self.unread);
         let mut chunk = vec![0; 64 * 1024];
+        let mut searched = 0;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if let Some(end) = line[searched..].iter().position(|&byte| byte == b'\n') {
+                self.unread = line.split_off(searched + end + 1);
+                line.pop();
+                return Ok(line);
+            }
+            searched = line.len();
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
                 return Err(self.io(io::ErrorKind::TimedOut.into()));
             }
-            self.stream.set_read_timeout(Some(left)).map_err(|error| self.io(error))?;
+            self.stream.set_read_timeout(left).map_err(|error| self.io(error))?;
             let got = match self.stream.read(&mut chunk) {
                 Ok(got) => got,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(self.io(error)),
             };
-            match chunk[..got].iter().position(|&byte| byte == b'\n') {
-                Some(end) => {
-                    line.extend_from_slice(&chunk[..end]);
-                    return Ok(line);
-                }
-                None if got == 0 && line.is_empty() => {
-                    return Err(ClientError::Closed { path: self.path.clone() });
-                }
-                None if got == 0 => return Err(self.protocol("half a line".to_owned())),
-                None if line.len() + got > MAX_RESPONSE_BYTES => {
+            match got {
+                0 if line.is_empty() => return Err(ClientError::Closed { path: self.path.clone() }),
+                0 => return Err(ClientError::HalfALine { path: self.path.clone() }),
+                _ if line.len() + got > MAX_RESPONSE_BYTES => {
                     return Err(ClientError::ResponseTooLong { path: self.path.clone() });
                 }
-                None => line.extend_from_slice(&chunk[..got]),
+                _ => line.extend_from_slice(&chunk[..got]),
             }
         }
     }
@@ -333,13 +348,14 @@ mod tests {
             b"{\"jsonrpc\":\"2.0\",\"id\":1}\n",
             b"{\"jsonrpc\":\"2.0\",\"id\":9,\"result\":{\"schema\":1,\"version\":\"\",\"pid\":7}}\n",
             b"{\"jsonrpc\":\"2.0\",\"id\":1,\"result\":{\"schema\":\"x\"}}\n",
-            b"{\"jsonrpc\":\"2.0\"",
         ] {
             let error = ping_answered_with(answer).unwrap_err();
             assert!(matches!(error, ClientError::Protocol { .. }), "{error}");
             assert_eq!(error.to_string().lines().count(), 1);
         }
         assert!(matches!(ping_answered_with(b""), Err(ClientError::Closed { .. })));
+        let half = b"{\"jsonrpc\":\"2.0\"";
+        assert!(matches!(ping_answered_with(half), Err(ClientError::HalfALine { .. })));
     }
 
     #[test]

@@ -4,9 +4,11 @@
 //! [`rpc`] is what they write on the line, and [`socket`] is the socket's place in the file system.
 
 pub mod client;
+pub mod event;
 pub mod rpc;
 #[cfg(test)]
 pub(crate) mod scratch;
 pub mod server;
 pub mod socket;
+pub mod subscription;
 pub mod wire;

@@ -86,6 +86,7 @@ fn typed(method: &str, params: Map<String, Value>) -> Result<Request, Error> {
         "config.confirm" => none(method, &params, Request::ConfigConfirm),
         "config.rollback" => none(method, &params, Request::ConfigRollback),
         "config.save" => none(method, &params, Request::ConfigSave),
+        "events.subscribe" => none(method, &params, Request::EventsSubscribe),
         "log_level.get" => none(method, &params, Request::LogLevelGet),
         "log_level.set" => some(method, params).map(Request::LogLevelSet),
         _ => Err(Error { code: code::METHOD_NOT_FOUND, message: format!("there is no method '{method}'") }),
@@ -138,6 +139,11 @@ pub fn response_line(id: &Value, outcome: Result<Value, Error>) -> Vec<u8> {
     response.into_bytes()
 }
 
+/// A notification line, newline included.
+pub fn notification_line(method: &str, params: &impl Serialize) -> Result<Vec<u8>, serde_json::Error> {
+    line(&Notification { jsonrpc: "2.0", method, params })
+}
+
 fn line(message: &impl Serialize) -> Result<Vec<u8>, serde_json::Error> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
@@ -152,6 +158,14 @@ pub struct Response<T> {
     pub id: Option<u64>,
     pub result: Option<T>,
     pub error: Option<Error>,
+}
+
+/// A request of the server's that nobody answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Notification<T, S = String> {
+    pub jsonrpc: S,
+    pub method: S,
+    pub params: T,
 }
 
 #[cfg(test)]
@@ -197,6 +211,7 @@ mod tests {
             Request::ConfigConfirm,
             Request::ConfigRollback,
             Request::ConfigSave,
+            Request::EventsSubscribe,
             Request::LogLevelGet,
             Request::LogLevelSet(LogLevel { level: "debug".to_owned() }),
         ];

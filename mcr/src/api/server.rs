@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 
 use super::{
     rpc::{self, Incoming},
+    subscription::{self, Subscriber, Subscription},
     wire::{self, Error, Request, code},
 };
 
@@ -32,6 +33,8 @@ use super::{
 pub struct Call {
     pub request: Request,
     pub peer: Peer,
+    /// Who is to be told, of a call that subscribes.
+    pub subscriber: Option<Subscriber>,
     pub reply: oneshot::Sender<Result<Value, Error>>,
 }
 
@@ -55,6 +58,8 @@ pub struct Limits {
     pub write: Duration,
     /// For calls that are being answered when the server ends.
     pub grace: Duration,
+    /// Bytes that may wait for a subscriber to read.
+    pub backlog_bytes: u32,
     /// How long a client may be silent that stands in the way of a new one.
     pub patience: Duration,
 }
@@ -67,6 +72,7 @@ impl Default for Limits {
             idle: Duration::from_secs(30),
             write: Duration::from_secs(10),
             grace: Duration::from_secs(2),
+            backlog_bytes: subscription::BACKLOG_BYTES,
             patience: Duration::from_secs(1),
         }
     }
@@ -195,7 +201,11 @@ impl Connection {
             };
             self.note(None);
             match line {
-                Line::Request(line) => self.answer(&line).await?,
+                Line::Request(line) => {
+                    if let Some(subscription) = self.answer(&line).await? {
+                        return self.follow(subscription).await;
+                    }
+                }
                 Line::Quiet => return Ok(()),
                 Line::TooLong => {
                     let message = format!("a request has at most {} bytes", self.limits.request_bytes);
@@ -228,30 +238,60 @@ impl Connection {
         }
     }
 
-    async fn answer(&mut self, line: &[u8]) -> io::Result<()> {
+    /// Answers a request, with the subscription that begins then, if one does.
+    async fn answer(&mut self, line: &[u8]) -> io::Result<Option<Subscription>> {
         match rpc::parse(line) {
             Incoming::Call { id, request } => {
-                let outcome = self.call(request).await;
-                self.write(&rpc::response_line(&id, outcome)).await
+                let subscribes = request == Request::EventsSubscribe;
+                let pair = subscribes.then(|| subscription::pair(self.limits.backlog_bytes));
+                let (subscriber, subscription) = pair.unzip();
+                let outcome = self.call(request, subscriber).await;
+                let subscription = subscription.filter(|_| outcome.is_ok());
+                self.write(&rpc::response_line(&id, outcome)).await?;
+                return Ok(subscription);
             }
-            Incoming::Refused { id, error } => self.write(&rpc::response_line(&id, Err(error))).await,
+            Incoming::Refused { id, error } => self.write(&rpc::response_line(&id, Err(error))).await?,
             Incoming::Notification(request) => {
-                if let Err(error) = self.call(request).await {
+                if let Err(error) = self.call(request, None).await {
                     debug!(%error, "a notification was refused");
                 }
-                Ok(())
             }
-            Incoming::Ignored(error) => {
-                debug!(%error, "a notification was not understood");
-                Ok(())
-            }
+            Incoming::Ignored(error) => debug!(%error, "a notification was not understood"),
         }
+        Ok(None)
     }
 
-    async fn call(&self, request: Request) -> Result<Value, Error> {
+    /// Writes what a subscriber is told until there is no more, or nobody that reads it.
+    async fn follow(&mut self, mut subscription: Subscription) -> io::Result<()> {
+        while !subscription.is_over() {
+            tokio::select! {
+                biased;
+                told = subscription.next() => match told {
+                    Some(told) => self.write(&told.lines).await?,
+                    None => return Ok(()),
+                },
+                heard = self.reader.fill_buf() => {
+                    if heard?.is_empty() {
+                        return Ok(());
+                    }
+                    let message = "a connection that subscribed takes no more requests: call on another";
+                    return self.refuse(code::INVALID_REQUEST, message.to_owned()).await;
+                }
+            }
+        }
+        let rest = async {
+            while let Some(told) = subscription.next().await {
+                self.writer.write_all(&told.lines).await?;
+            }
+            Ok(())
+        };
+        timeout(self.limits.write, rest).await?
+    }
+
+    async fn call(&self, request: Request, subscriber: Option<Subscriber>) -> Result<Value, Error> {
         let ending = || Error { code: code::INTERNAL, message: "the daemon is ending".to_owned() };
         let (reply, outcome) = oneshot::channel();
-        let call = Call { request, peer: self.peer, reply };
+        let call = Call { request, peer: self.peer, subscriber, reply };
         self.calls.send(call).await.map_err(|_| ending())?;
         outcome.await.unwrap_or_else(|_| Err(ending()))
     }

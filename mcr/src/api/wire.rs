@@ -73,6 +73,9 @@ pub enum Request {
     /// Makes the rules that were added by command permanent.
     #[serde(rename = "config.save")]
     ConfigSave,
+    /// The answer is followed by a notification for each event.
+    #[serde(rename = "events.subscribe")]
+    EventsSubscribe,
     #[serde(rename = "log_level.get")]
     LogLevelGet,
     #[serde(rename = "log_level.set")]
@@ -520,6 +523,14 @@ pub struct ConfigSaved {
     pub saved: Vec<String>,
 }
 
+/// Answer to `events.subscribe`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subscribed {
+    pub schema: u32,
+    /// The last event that was told before: the next one has the number after it.
+    pub seq: u64,
+}
+
 /// Answer to `log_level.get` and `log_level.set`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogLevelInfo {
@@ -563,7 +574,7 @@ pub mod code {
     pub const REFUSED: i32 = -32000;
     /// No rule has the name.
     pub const UNKNOWN_RULE: i32 = -32001;
-    /// Too many connections; try again.
+    /// Too many connections or subscribers; try again.
     pub const BUSY: i32 = -32002;
 }
 

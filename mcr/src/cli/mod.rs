@@ -1,6 +1,7 @@
 //! The command line: typed arguments, one file per noun, output as table or JSON.
 
 mod config;
+mod events;
 mod generate;
 mod hold;
 mod log_level;
@@ -41,6 +42,7 @@ enum Command {
     Status(status::Args),
     Stats(stats::Args),
     Workers(workers::Args),
+    Events(events::Args),
     Config(config::Args),
     Ping(ping::Args),
     LogLevel(log_level::Args),
@@ -64,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => args.run().map(done),
         Command::Stats(args) => args.run().map(done),
         Command::Workers(args) => args.run().map(done),
+        Command::Events(args) => args.run().map(done),
         Command::Config(args) => args.run().map(done),
         Command::Ping(args) => args.run().map(done),
         Command::LogLevel(args) => args.run().map(done),

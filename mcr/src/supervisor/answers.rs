@@ -45,17 +45,10 @@ impl Daemon {
     pub fn rule_info(&self, entry: &Entry) -> RuleInfo {
         let rule = &entry.rule;
         let wanted = self.state.datapath_of(rule);
-        let outputs: Vec<_> = rule.outputs.iter().map(|output| self.output_info(output, wanted)).collect();
-        let (health, reason) = match self.state.rule_problem(entry) {
-            Some((Problem::Failed, why)) => (Health::Failed, Some(why)),
-            Some((Problem::Waits, why)) => (Health::Pending, Some(why)),
-            None => match outputs.iter().find(|output| output.health != Health::Active) {
-                Some(output) => (Health::Pending, output.reason.clone()),
-                None => (Health::Active, None),
-            },
-        };
+        let outputs = rule.outputs.iter().map(|output| self.output_info(output, wanted)).collect();
+        let (health, reason) = self.rule_health(entry);
         let datapath = self.served_by(rule);
-        let why = |served| self.explain(&rule.input.interface, served, rule.datapath, Some(rule));
+        let why = |served| self.rule_why(rule, served);
         RuleInfo {
             name: rule.name.to_string(),
             origin: entry.origin.to_string(),
@@ -75,6 +68,34 @@ impl Daemon {
         }
     }
 
+    /// How a rule is, and what is wrong with it or else with the first of its outputs that waits.
+    pub fn rule_health(&self, entry: &Entry) -> (Health, Option<String>) {
+        let datapath = self.state.datapath_of(&entry.rule);
+        let pending = |output| self.state.output_pending(output, datapath);
+        match self.state.rule_problem(entry) {
+            Some((Problem::Failed, why)) => (Health::Failed, Some(why)),
+            Some((Problem::Waits, why)) => (Health::Pending, Some(why)),
+            None => match entry.rule.outputs.iter().find_map(pending) {
+                Some(why) => (Health::Pending, Some(why)),
+                None => (Health::Active, None),
+            },
+        }
+    }
+
+    /// Why a datapath serves a rule.
+    pub fn rule_why(&self, rule: &Rule, served: Datapath) -> String {
+        self.explain(&rule.input.interface, served, rule.datapath, Some(rule))
+    }
+
+    /// Whether a rule had datagrams and has none any more.
+    pub fn is_idle(&self, entry: &Entry) -> bool {
+        let last_seen_ns = self.books.last_seen_ns(entry.slot);
+        let last_seen = UNIX_EPOCH + Duration::from_nanos(last_seen_ns);
+        // A clock that was set back makes nobody idle.
+        let idle = SystemTime::now().duration_since(last_seen).unwrap_or_default();
+        last_seen_ns > 0 && idle.as_secs() >= self.settings.stalled_after_s.into()
+    }
+
     /// Why a datapath is in use on an interface, and what the host still sees.
     fn explain(
         &self,
@@ -92,7 +113,7 @@ impl Daemon {
     }
 
     /// The datapath that serves a rule, if one does.
-    fn served_by(&self, rule: &Rule) -> Option<Datapath> {
+    pub fn served_by(&self, rule: &Rule) -> Option<Datapath> {
         let datapath = self.state.datapath_of(rule);
         self.state.serves(&rule.input.interface, datapath).then_some(datapath)
     }

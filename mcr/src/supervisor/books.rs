@@ -322,6 +322,13 @@ impl Books {
         self.rule_since(entry.slot, kernel.unwrap_or_default())
     }
 
+    /// When a rule had its last datagram; 0 if it had none.
+    pub fn last_seen_ns(&self, slot: RuleSlot) -> u64 {
+        let base = self.tenants.get(&slot).map(|tenant| tenant.base).unwrap_or_default();
+        let seen = self.raw_rule(slot, RuleCounters::default()).last_seen_ns;
+        if seen > base.last_seen_ns { seen } else { 0 }
+    }
+
     /// What a rule has counted since it has its slot, with what the kernel has counted of the slot.
     fn rule_since(&self, slot: RuleSlot, kernel: RuleCounters) -> RuleTotals {
         let raw = self.raw_rule(slot, kernel);

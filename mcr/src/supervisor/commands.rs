@@ -43,7 +43,7 @@ pub fn json(answer: &impl Serialize) -> Answer {
 impl Daemon {
     /// Does what a call asks and replies.
     pub async fn answer(&mut self, call: Call) {
-        let changes = matches!(
+        let is_noted = matches!(
             call.request,
             Request::RuleAdd(_)
                 | Request::RuleSet(_)
@@ -52,9 +52,10 @@ impl Daemon {
                 | Request::ConfigConfirm
                 | Request::ConfigRollback
                 | Request::ConfigSave
+                | Request::EventsSubscribe
                 | Request::Stop(_)
         );
-        if changes {
+        if is_noted {
             info!(uid = call.peer.uid, pid = call.peer.pid, request = ?call.request, "asked");
         }
         if let Request::ConfigLoad(load) = &call.request {
@@ -65,7 +66,10 @@ impl Daemon {
             Request::Stop(Stop { keep }) => Some(*keep),
             _ => None,
         };
-        let answer = self.perform(call.request).await;
+        let answer = match call.request {
+            Request::EventsSubscribe => self.subscribe(call.subscriber),
+            request => self.perform(request).await,
+        };
         let done = answer.is_ok();
         // A client that has gone misses its answer, nothing else.
         let _ = call.reply.send(answer);
@@ -100,6 +104,8 @@ impl Daemon {
             Request::ConfigConfirm => self.confirm(),
             Request::ConfigRollback => self.roll_back().await,
             Request::ConfigSave => self.save_all(),
+            // It comes with its subscriber.
+            Request::EventsSubscribe => self.subscribe(None),
             Request::LogLevelGet => json(&self.log_level()),
             Request::LogLevelSet(level) => self.set_log_level(&level).await,
         }

@@ -13,6 +13,7 @@ use tracing::{error, info, warn};
 
 use super::{Launch, commands::Answer, journal::Memory, run::Daemon, settings::Settings, state::Problem};
 use crate::{
+    api::event::Occurrence,
     api::wire::{
         ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, Error, LoadOutcome, RuleDifference, RuleInfo,
         RuleRemoval, RuleSpec, SCHEMA, SettingDifference,
@@ -49,6 +50,8 @@ pub struct Configuration {
     confirmed: Vec<Source>,
     /// What stands in those files now was never confirmed.
     pub stray: bool,
+    /// What became of loads since subscribers were told last.
+    pub news: Vec<Occurrence>,
     /// Rules that were added by command and cannot stand any more, with the reason.
     pub parked: Vec<(RuleSpec, String)>,
 }
@@ -148,6 +151,7 @@ impl Daemon {
         self.configuration.refused = None;
         if let Err(why) = outcome {
             error!("the configuration was not reloaded, all goes on as it was: {why}");
+            self.configuration.news.push(Occurrence::ConfigurationRefused { reason: why.to_string() });
             self.configuration.refused = Some(why.to_string());
         }
     }
@@ -194,6 +198,13 @@ impl Daemon {
             self.configuration.confirm(own);
         }
         self.configuration.refused = None;
+        self.configuration.news.push(Occurrence::ConfigurationLoaded {
+            added: outcome.added.len() as u32,
+            removed: outcome.removed.len() as u32,
+            changed: outcome.changed.len() as u32,
+            unchanged: outcome.unchanged,
+            confirm_within_s: outcome.confirm_within_s,
+        });
         say(&reload.plan);
         self.park().await;
         outcome.warnings.extend(self.remember());
@@ -310,6 +321,7 @@ impl Daemon {
             return Err(Error::refused("no load waits to be confirmed: it has been, or its time is over"));
         };
         info!("the load is confirmed");
+        self.configuration.news.push(Occurrence::ConfigurationConfirmed);
         self.configuration.confirm(load.own);
         self.configuration.refused = None;
         let warnings = Vec::from_iter(self.remember());
@@ -325,6 +337,7 @@ impl Daemon {
         self.apply_settings(&unconfirmed.settings).await;
         self.configuration.refused = None;
         warn!("the load is taken back: what ran before runs again");
+        self.configuration.news.push(Occurrence::ConfigurationRolledBack);
         let warnings = self.remember().into_iter().chain(self.stray());
         self.ended(LoadOutcome::RolledBack, warnings.collect())
     }

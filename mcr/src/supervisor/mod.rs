@@ -13,9 +13,11 @@ mod host;
 mod inheritance;
 pub mod journal;
 mod log;
+mod notices;
 mod run;
 pub mod settings;
 pub mod state;
+mod subscribers;
 mod worker_process;
 
 use std::path::PathBuf;

@@ -50,6 +50,7 @@ use crate::{
         log::LogControl,
         settings::Settings,
         state::{Limits, State},
+        subscribers::Subscribers,
         worker_process::{self, End, WorkerProcess},
     },
     sys::{
@@ -101,6 +102,7 @@ pub struct Daemon {
     pub workers: BTreeMap<WorkerId, WorkerProcess>,
     pub packet_sockets: BTreeMap<WorkerId, PacketIngress>,
     pub configuration: Configuration,
+    pub subscribers: Subscribers,
     pub journal: Journal,
     /// What keeps rules that are added by command from outliving the daemon, if something does.
     pub journal_failure: Option<String>,
@@ -189,6 +191,7 @@ pub async fn run(launch: Launch, settings: Settings, config: Config, log: LogCon
         workers: BTreeMap::new(),
         packet_sockets: BTreeMap::new(),
         configuration: Configuration::new(launch),
+        subscribers: Subscribers::default(),
         journal,
         journal_failure: None,
         journal_is_old: false,
@@ -383,6 +386,7 @@ impl Daemon {
                     self.look_for_neighbours(false).await;
                 }
                 _ = quarter.tick() => {
+                    self.tell_subscribers();
                     if self.neighbours.is_stale() {
                         self.read_next_hops().await;
                     }
@@ -396,6 +400,7 @@ impl Daemon {
             }
         }
 
+        self.dismiss_subscribers();
         server_end.notify_one();
         // Calls that are under way are dropped, which answers that the daemon is ending.
         loop {
@@ -480,6 +485,7 @@ impl Daemon {
                     // Another interface may have the name of one that took redirected frames.
                     let targets = self.ask_targets();
                     self.take(Event::Targets(targets)).await;
+                    self.tell_subscribers();
                 }
             }
             Err(error) => warn!(%error, "the interfaces cannot be read; trying again when they change"),
@@ -585,6 +591,7 @@ impl Daemon {
             self.books.worker_died(&id, running, &self.programs);
         }
         self.take(Event::WorkerExited { id, why, lived }).await;
+        self.tell_subscribers();
     }
 
     /// Does what is planned until nothing is.

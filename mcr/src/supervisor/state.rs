@@ -373,9 +373,9 @@ impl State {
     /// Whether `auto` takes XDP on an interface. Rules that packet sockets serve stay there until it is attached.
     fn prefers_xdp(&self, interface: &InterfaceName) -> bool {
         let served_by_packet = || {
-            let flows = self.actual.flows.get(interface);
+            let Some(flows) = self.actual.flows.get(interface) else { return false };
             let passed = |entry: &Entry| {
-                let flow = flows.and_then(|flows| flows.get(&ruleset::key(&entry.rule.input)));
+                let flow = flows.get(&ruleset::key(&entry.rule.input));
                 flow.is_some_and(|flow| flow.action == action::PASS)
             };
             let mut rules = self.rules.iter().filter(|entry| entry.rule.input.interface == *interface);

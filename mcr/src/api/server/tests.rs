@@ -84,6 +84,14 @@ fn unknown_rule(name: &str) -> Error {
     Refusal::UnknownRule { name: name.to_owned() }.into()
 }
 
+/// Tells more than a socket buffers and the backlog of a test holds, then no more.
+fn tell_much(subscriber: Subscriber) {
+    let mut batch = b"x".repeat(1 << 20);
+    batch.push(b'\n');
+    let (batch, farewell) = (batch.into(), b"too slow\n"[..].into());
+    while subscriber.tell(&batch, &farewell) {}
+}
+
 fn answer(call: Call, seen: &mut Vec<Request>) {
     assert_eq!(call.peer.pid, i32::try_from(std::process::id()).ok());
     assert_eq!(call.peer.uid, nix::unistd::getuid().as_raw());
@@ -96,6 +104,17 @@ fn answer(call: Call, seen: &mut Vec<Request>) {
         // Far more than a socket buffers.
         Request::Stats(_) => Ok(json!("x".repeat(4 << 20))),
         Request::RuleList => return seen.push(call.request),
+        Request::EventsSubscribe => {
+            let subscriber = call.subscriber;
+            seen.push(call.request);
+            let _ = call.reply.send(Ok(Value::Null));
+            match seen.len() {
+                1 => tell_much(subscriber.unwrap()),
+                // It is told nothing for as long as the server lives.
+                _ => std::mem::forget(subscriber),
+            }
+            return;
+        }
         _ => Ok(Value::Null),
     };
     seen.push(call.request);
@@ -330,4 +349,62 @@ fn the_end_closes_connections_and_leaves_nothing() {
     assert!(start.elapsed() < Limits::default().grace);
     assert_eq!(idle.read(&mut [0; 16]).unwrap(), 0);
     assert!(!path.exists());
+}
+
+const SUBSCRIBE: &[u8] = b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"events.subscribe\"}\n";
+
+fn lines_of(stream: &Stream) -> impl Iterator<Item = String> + use<> {
+    StdBufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok)
+}
+
+#[test]
+fn a_subscriber_that_is_behind_gets_what_was_told_and_then_the_last_line() {
+    let server = Server::start(Limits { backlog_bytes: 4 << 20, ..Limits::default() });
+    let mut stream = server.connect();
+    stream.write_all(SUBSCRIBE).unwrap();
+    server.assert_well();
+    let lines: Vec<_> = lines_of(&stream).collect();
+    assert!(lines[0].contains("\"result\":null"), "{}", lines[0]);
+    assert!(lines.len() > 3, "{}", lines.len());
+    assert_eq!(lines.last().unwrap(), "too slow");
+    assert!(lines[1..lines.len() - 1].iter().all(|line| line.len() == 1 << 20));
+}
+
+#[test]
+fn a_subscriber_that_reads_nothing_is_cut_off() {
+    let server = Server::start(Limits { backlog_bytes: 4 << 20, write: QUICK, ..Limits::default() });
+    let mut stream = server.connect();
+    stream.write_all(SUBSCRIBE).unwrap();
+    // Whatever it says then meets a closed door.
+    let end = Instant::now() + Duration::from_secs(10);
+    while stream.write_all(b" ").is_ok() {
+        assert!(Instant::now() < end, "the connection is still open");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_subscription_outlives_silence_and_ends_with_a_word_or_the_client() {
+    let server =
+        Server::start(Limits { idle: QUICK, connections: 2, patience: Duration::ZERO, ..Limits::default() });
+    let subscribe = || {
+        let mut stream = server.connect();
+        stream.write_all(SUBSCRIBE).unwrap();
+        stream
+    };
+    // The first has all that the test supervisor tells.
+    assert!(lines_of(&subscribe()).count() > 1);
+    let mut stream = subscribe();
+    let mut lines = lines_of(&stream);
+    assert!(lines.next().unwrap().contains("result"));
+    std::thread::sleep(3 * QUICK);
+    // Others come and go, and do not push it out.
+    for _ in 0..5 {
+        server.assert_well();
+    }
+    stream.write_all(PING).unwrap();
+    assert!(lines.next().unwrap().contains("takes no more requests"));
+    assert_eq!(lines.next(), None);
+    let seen = server.end();
+    assert_eq!(seen.iter().filter(|request| **request == Request::EventsSubscribe).count(), 2);
 }

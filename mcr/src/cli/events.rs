@@ -1,0 +1,54 @@
+//! `mcr events`: what happens, as it happens.
+
+use super::{print, remote::Remote};
+use crate::api::{
+    client::ClientError,
+    event::Occurrence,
+    wire::{Request, Subscribed},
+};
+
+/// Print what happens, as it happens: a line of JSON for each change of rules, workers, interfaces, alarms and
+/// configuration
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Ends with 0 when the daemon is stopped (the last event is daemon.stopping), with 1 when it \
+                        went otherwise or this reader was too slow, with 3 when there was none."
+)]
+pub struct Args {
+    #[command(flatten)]
+    remote: Remote,
+}
+
+/// Why the events end before the daemon does.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("the daemon tells no more events: what reads them here is too slow; read faster, or into a file")]
+    Overrun,
+    #[error(
+        "the events break off: the daemon was killed, or what reads them here was too slow for it; see its log"
+    )]
+    BrokenOff,
+}
+
+impl Args {
+    pub fn run(self) -> anyhow::Result<()> {
+        let mut client = self.remote.connect()?;
+        client.call::<Subscribed>(&Request::EventsSubscribe)?;
+        loop {
+            let event = match client.next_event() {
+                Err(ClientError::Closed { .. } | ClientError::HalfALine { .. }) => {
+                    return Err(Ended::BrokenOff.into());
+                }
+                other => other?,
+            };
+            let mut line = serde_json::to_string(&event)?;
+            line.push('\n');
+            print(&line)?;
+            match event.occurrence {
+                Occurrence::DaemonStopping { .. } => return Ok(()),
+                Occurrence::Overrun => return Err(Ended::Overrun.into()),
+                _ => {}
+            }
+        }
+    }
+}
