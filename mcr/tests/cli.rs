@@ -121,6 +121,8 @@ fn usage_is_status_2() {
         "rule show",
         "rule set cam1 --datapath fast",
         "log-level set loud",
+        "top --sort colour",
+        "top --interval 0",
         "run --workers 0",
     ] {
         assert_eq!(mcr(&dir.socket(), arguments).output().unwrap().status.code(), Some(2), "{arguments}");

@@ -17,6 +17,7 @@ pub mod relay;
 pub mod scratch;
 pub mod site;
 pub mod source;
+pub mod terminal;
 pub mod traffic;
 pub mod usage;
 pub mod wait;
@@ -31,6 +32,7 @@ pub use crate::{
     scratch::Scratch,
     site::Site,
     source::Source,
+    terminal::Terminal,
     traffic::{Generator, Receiver},
     usage::Usage,
     wait::{wait_for, wait_until},

@@ -244,8 +244,8 @@ impl Connection {
             Incoming::Call { id, request } => {
                 let subscribes = request == Request::EventsSubscribe;
                 let pair = subscribes.then(|| subscription::pair(self.limits.backlog_bytes));
-                let (subscriber, subscription) = pair.unzip();
-                let outcome = self.call(request, subscriber).await;
+                let (teller, subscription) = pair.unzip();
+                let outcome = self.call(request, teller).await;
                 let subscription = subscription.filter(|_| outcome.is_ok());
                 self.write(&rpc::response_line(&id, outcome)).await?;
                 return Ok(subscription);

@@ -14,6 +14,7 @@ mod stats;
 mod status;
 mod stop;
 mod text;
+mod top;
 mod traffic;
 mod worker;
 mod workers;
@@ -42,6 +43,7 @@ enum Command {
     Status(status::Args),
     Stats(stats::Args),
     Workers(workers::Args),
+    Top(top::Args),
     Events(events::Args),
     Config(config::Args),
     Ping(ping::Args),
@@ -66,6 +68,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => args.run().map(done),
         Command::Stats(args) => args.run().map(done),
         Command::Workers(args) => args.run().map(done),
+        Command::Top(args) => args.run().map(done),
         Command::Events(args) => args.run().map(done),
         Command::Config(args) => args.run().map(done),
         Command::Ping(args) => args.run().map(done),

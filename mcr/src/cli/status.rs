@@ -78,7 +78,7 @@ fn dropped(dropped: &BTreeMap<String, u64>) -> String {
     }
 }
 
-fn verdict(status: &Status) -> &'static str {
+pub fn verdict(status: &Status) -> &'static str {
     match status.health {
         Health::Active if status.rules.total == 0 => "is ready and has no rules",
         Health::Active => "is working",

@@ -85,7 +85,7 @@ fn unknown_rule(name: &str) -> Error {
 }
 
 /// Tells more than a socket buffers and the backlog of a test holds, then no more.
-fn tell_much(subscriber: Subscriber) {
+fn tell_much(subscriber: &Subscriber) {
     let mut batch = b"x".repeat(1 << 20);
     batch.push(b'\n');
     let (batch, farewell) = (batch.into(), b"too slow\n"[..].into());
@@ -109,7 +109,7 @@ fn answer(call: Call, seen: &mut Vec<Request>) {
             seen.push(call.request);
             let _ = call.reply.send(Ok(Value::Null));
             match seen.len() {
-                1 => tell_much(subscriber.unwrap()),
+                1 => tell_much(&subscriber.unwrap()),
                 // It is told nothing for as long as the server lives.
                 _ => std::mem::forget(subscriber),
             }
