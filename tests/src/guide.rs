@@ -94,7 +94,7 @@ pub fn steps(page: &str) -> Vec<Step> {
             steps.extend(typed(&block).into_iter().map(Step::Type));
         } else if let Some(path) = first.strip_prefix("# /") {
             let path = Path::new("/").join(path.split([',', ' ']).next().unwrap_or_default());
-            let text = block.iter().map(|(_, line)| format!("{line}\n")).collect();
+            let text = block.iter().flat_map(|(_, line)| [*line, "\n"]).collect();
             steps.push(Step::Write { path, text });
         } else {
             let prompted = block.iter().find(|(_, line)| prompt(line).is_some());

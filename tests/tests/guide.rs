@@ -160,7 +160,9 @@ fn read(document: &str) -> String {
 fn documents() -> Vec<String> {
     let pages = fs::read_dir(root().join("docs")).expect("docs/");
     let pages = pages.filter_map(|entry| entry.expect("an entry").file_name().into_string().ok());
-    let pages = pages.filter(|name| name.ends_with(".md")).map(|name| format!("docs/{name}"));
+    let pages = pages
+        .filter(|name| Path::new(name).extension().is_some_and(|kind| kind == "md"))
+        .map(|name| format!("docs/{name}"));
     let mut documents = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"].map(str::to_owned).to_vec();
     documents.extend(pages);
     documents.sort();

@@ -2,6 +2,7 @@
 //! and Grafana is checked by Prometheus' own tools.
 
 #![expect(clippy::unwrap_used, reason = "where it fails, the test fails and says where")]
+#![expect(clippy::float_cmp, reason = "a count is a whole number, exact as a float")]
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -449,9 +450,8 @@ fn readiness_is_what_status_says() {
     site.relay.ip(&["link set in0 down"]);
     let body = ready(503);
     let status: Status = relay.json(&["status"]);
-    let said: String =
-        status.problems.iter().map(|its| format!("{}\n  next: {}\n", its.what, its.next)).collect();
-    assert_eq!(body, said);
+    let said = status.problems.iter().flat_map(|its| [&its.what, "\n  next: ", &its.next, "\n"]);
+    assert_eq!(body, said.collect::<String>());
     assert!(body.contains("in0 is down") && body.contains("next: mcr rule show cam1"), "{body}");
     assert_eq!(get(&site, "/healthz").status, 200);
     site.relay.ip(&["link set in0 up"]);
@@ -492,8 +492,8 @@ fn the_thread_that_serves_has_no_capability() {
     let relay = start(&site);
     assert_eq!(get(&site, "/metrics").status, 200);
     let tasks = fs::read_dir(format!("/proc/{}/task", relay.pid())).unwrap();
-    let statuses = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
-    let status = statuses.filter(|status| status.starts_with("Name:\tmcr-metrics\n")).next().unwrap();
+    let mut statuses = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+    let status = statuses.find(|status| status.starts_with("Name:\tmcr-metrics\n")).unwrap();
     for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         assert!(status.contains(&format!("{set}:\t0000000000000000\n")), "{status}");
     }
@@ -584,8 +584,7 @@ fn a_scrape_the_alerts_and_the_dashboard_pass_the_tools_of_prometheus() {
     let site = Site::default();
     with_all(&site, |_, scrape| {
         assert_eq!(promtool_says(&["check", "metrics"], &scrape.page), "");
-        let [rules, tests] =
-            ["prometheus/mcr.rules.yml", "prometheus/mcr.rules.test.yml"].map(|file| packaging(file));
+        let [rules, tests] = ["prometheus/mcr.rules.yml", "prometheus/mcr.rules.test.yml"].map(packaging);
         let [rules_path, tests_path] = [&rules, &tests].map(|path| path.to_str().unwrap());
         promtool_says(&["check", "rules", rules_path], "");
         promtool_says(&["test", "rules", tests_path], "");
@@ -681,7 +680,7 @@ fn a_thousand_rules_are_scraped_without_holding_up_anyone() {
     let file = site.scratch.dir().join("mcr.toml");
     fs::write(&file, rules).unwrap();
     let relay = Relay::start_with(&site, &["--config", file.to_str().unwrap()]);
-    wait_until("every rule is active", Duration::from_secs(60), || get(&site, "/readyz").status == 200);
+    wait_until("every rule is active", Duration::from_mins(1), || get(&site, "/readyz").status == 200);
     site.segments[0].wait_until_joined(*GROUP.ip());
     let source = Source::start(site.source(), Stream { rate: 5_000, ..Stream::to(GROUP) });
     let mut client = relay.client();
