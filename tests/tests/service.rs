@@ -674,5 +674,7 @@ fn the_unit_s_own_command_relays_on_each_datapath_in_its_sandbox_and_outlives_a_
     relay.signal(Signal::SIGTERM);
     assert!(relay.wait(PATIENCE).success(), "{}", relay.log());
     wait_until("nothing is stored", PATIENCE, || manager.stored().is_empty());
-    assert_eq!(fs::read_dir(bpffs).unwrap().count(), 0, "pins are left");
+    // The kernel has two files of its own there.
+    let places = fs::read_dir(bpffs).unwrap().flatten().filter(|entry| entry.path().is_dir());
+    assert_eq!(places.count(), 0, "pins are left");
 }
