@@ -535,9 +535,11 @@ fn hosts_that_cannot_be_reached() {
     relay.add("refused", "239.1.1.3:5000@in0", &["10.78.0.2:6000@out0"]);
     site.segments[0].wait_until_joined([239, 1, 1, 3].into());
     let _source = playing(&site, SocketAddrV4::new([239, 1, 1, 3].into(), 5000));
-    // Linux answers so once a second.
+    // Linux answers so once a second at most.
     let ask = || Diagnosis::read(&relay.cli(&["doctor", "refused", "--json", "--seconds=2.5"]));
-    let next = ask().says(Code::HostRefuses, Problem, "rule refused", &["10.78.0.2", "port 6000"]);
+    let refuses = |diagnosis: &Diagnosis| diagnosis.find(Code::HostRefuses).is_some();
+    let diagnosis = wait_for("a refusal is seen", PATIENCE, || Some(ask()).filter(refuses));
+    let next = diagnosis.says(Code::HostRefuses, Problem, "rule refused", &["10.78.0.2", "port 6000"]);
     assert_eq!(next, "on 10.78.0.2: start what is to receive, or open its firewall for UDP port 6000");
     let _receiver = tests::Receiver::start(&site.sinks[0].host, "10.78.0.2:6000@eth0", &[]);
     ask().is_without(Code::HostRefuses);
