@@ -66,6 +66,7 @@ impl Bar {
 /// Each system keeps its colour over all plots.
 fn color(system: &str) -> RGBColor {
     match system {
+        "redirect" => RGBColor(0x08, 0x30, 0x6b),
         "af-xdp" => RGBColor(0x1f, 0x77, 0xb4),
         "af-packet" => RGBColor(0x6b, 0xae, 0xd6),
         "socat" => RGBColor(0xd6, 0x60, 0x4d),
