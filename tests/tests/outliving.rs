@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mcr::api::wire::RuleStats;
+use mcr::api::wire::{RuleStats, Stats};
 use mcr_common::abi;
 use nix::{sys::signal::Signal, unistd::Pid};
 use serde_json::Value;
@@ -110,6 +110,7 @@ fn a_daemon_that_is_killed_and_started_again_under_load_loses_nothing() {
             source.sent() >= target
         });
     };
+    let since = relay.rule("cam1").since;
     for _ in 0..3 {
         play_on(&mut captures, 25_000);
         kill(&mut relay);
@@ -119,6 +120,11 @@ fn a_daemon_that_is_killed_and_started_again_under_load_loses_nothing() {
     }
     other.stop();
     let sent = source.stop();
+    // It says from when on it counts: the rule with workers began anew.
+    let stats: Stats = relay.json(&["stats"]);
+    let of = |name: &str| stats.rules.iter().find(|rule| rule.name == name).map(|rule| &rule.since);
+    assert_eq!(of("cam1"), Some(&since));
+    assert!(stats.since > since && of("mic") >= Some(&stats.since), "{stats:#?}");
     let [first, second] = &mut captures;
     arrived(&relay, "cam1", &mut [(first, TO), (second, OTHER_TO)], sent);
     // It serves on as if nothing had been.

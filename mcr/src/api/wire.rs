@@ -317,6 +317,10 @@ pub struct RuleStats {
     pub datapath: Option<String>,
     #[serde(rename = "in")]
     pub input: String,
+    /// From when on its counters only go on: when the rule came, or before this daemon did, if the kernel went on with the
+    /// rule by itself.
+    #[serde(default)]
+    pub since: String,
     /// Datagrams of the rule that were seen on the wire; `matched = received + dropped`, and what is
     /// lost between the XDP program and a worker is a row of the interface.
     pub matched: u64,

@@ -74,7 +74,13 @@ fn frame(text: &str, rows: u16) -> String {
 }
 
 fn render(stats: &Stats, width: u16) -> String {
-    let mut text = format!("{}, counted since {}\n\n", stats.time, stats.since);
+    let mut text = format!("{}, counted since {}", stats.time, stats.since);
+    let earliest = stats.rules.iter().map(|rule| &rule.since).filter(|since| !since.is_empty()).min();
+    if let Some(earliest) = earliest.filter(|earliest| **earliest < stats.since) {
+        let _ =
+            write!(text, ",\nand since {earliest} what the kernel went on with while there was no daemon");
+    }
+    text.push_str("\n\n");
     if !stats.alarms.is_empty() {
         text.push_str(&alarms(&stats.alarms, width));
         text.push('\n');
@@ -214,6 +220,7 @@ mod tests {
             origin: "cli".to_owned(),
             datapath: Some("af-xdp".to_owned()),
             input: "239.1.1.1:5000@eth0".to_owned(),
+            since: "2025-06-01T09:30:00Z".to_owned(),
             matched: 10_000,
             received: 10_000,
             received_bytes: 13_160_000,
@@ -246,6 +253,15 @@ mod tests {
     fn queue(queue: u32, dropped: &[(&str, u64)]) -> QueueStats {
         let worker = format!("eth0/xdp{queue}");
         QueueStats { queue, worker, steered: 10_005, received: 10_000, dropped: counts(dropped) }
+    }
+
+    #[test]
+    fn what_outlived_a_daemon_says_since_when_it_is_counted() {
+        let former = RuleStats { since: "2025-05-31T09:00:00Z".to_owned(), ..rule("cam2", &[]) };
+        let text = render(&stats(vec![rule("cam1", &[]), former], vec![]), 100);
+        let head = "2025-06-01T12:00:00Z, counted since 2025-06-01T09:00:00Z,\n\
+                    and since 2025-05-31T09:00:00Z what the kernel went on with while there was no daemon\n\n";
+        assert!(text.starts_with(head), "{text}");
     }
 
     #[test]

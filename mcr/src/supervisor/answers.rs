@@ -186,6 +186,7 @@ impl Daemon {
             origin: entry.origin.to_string(),
             datapath: self.served_by(rule).map(|datapath| datapath.to_string()),
             input: rule.input.to_string(),
+            since: timestamp(self.books.rule_since(entry.slot).unwrap_or(self.since)),
             matched: totals.matched,
             received: totals.received,
             received_bytes: totals.received_bytes,

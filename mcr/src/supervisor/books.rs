@@ -12,7 +12,7 @@ use std::{
     io,
     net::Ipv4Addr,
     os::fd::OwnedFd,
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use mcr_common::{abi::verdicts_of, counters::RuleCounters};
@@ -142,6 +142,8 @@ pub struct QueueTotals {
 struct Tenant {
     interface: InterfaceName,
     group: (Ipv4Addr, u16),
+    /// When the rule got the slot, perhaps of a daemon that is gone.
+    since: SystemTime,
     /// What the slot had counted when the rule got it: by all, and by the kernel alone.
     base: RuleTotals,
     kernel_base: RuleCounters,
@@ -303,7 +305,8 @@ impl Books {
             *self.former_tenants.entry(former.interface).or_default() += steered;
         }
         let (mut base, mut kernel_base) = Default::default();
-        if !self.inherited.rules.remove(&entry.slot) {
+        let inherited = self.inherited.rules.remove(&entry.slot);
+        if inherited.is_none() {
             kernel_base = self.kernel_rule(entry.slot, &input.interface, programs).unwrap_or_default();
             base = self.raw_rule(entry.slot, kernel_base);
         }
@@ -315,13 +318,14 @@ impl Books {
             }
         }
         let interface = input.interface.clone();
-        self.tenants.insert(entry.slot, Tenant { interface, group, base, kernel_base, mixed });
+        let since = inherited.unwrap_or_else(SystemTime::now);
+        self.tenants.insert(entry.slot, Tenant { interface, group, since, base, kernel_base, mixed });
         self.kernel.insert(entry.slot, kernel_base);
     }
 
     pub fn rule(&self, entry: &Entry, programs: &Programs) -> RuleTotals {
         let kernel = self.kernel_rule(entry.slot, &entry.rule.input.interface, programs);
-        self.rule_since(entry.slot, kernel.unwrap_or_default())
+        self.tenancy(entry.slot, kernel.unwrap_or_default())
     }
 
     /// When a rule had its last datagram; 0 if it had none.
@@ -331,8 +335,13 @@ impl Books {
         if seen > base.last_seen_ns { seen } else { 0 }
     }
 
+    /// When a rule got its slot, from when on its counters are its own.
+    pub fn rule_since(&self, slot: RuleSlot) -> Option<SystemTime> {
+        self.tenants.get(&slot).map(|tenant| tenant.since)
+    }
+
     /// What a rule has counted since it has its slot, with what the kernel has counted of the slot.
-    fn rule_since(&self, slot: RuleSlot, kernel: RuleCounters) -> RuleTotals {
+    fn tenancy(&self, slot: RuleSlot, kernel: RuleCounters) -> RuleTotals {
         let raw = self.raw_rule(slot, kernel);
         let base = self.tenants.get(&slot).map(|tenant| tenant.base).unwrap_or_default();
         RuleTotals {

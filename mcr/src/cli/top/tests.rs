@@ -22,6 +22,7 @@ fn rule(name: &str, pps: f64, queue_full: u64) -> RuleStats {
         origin: "cli".to_owned(),
         datapath: Some("af-xdp".to_owned()),
         input: format!("239.1.1.1:5000@in-{name}"),
+        since: String::new(),
         matched: 0,
         received: 0,
         received_bytes: 0,

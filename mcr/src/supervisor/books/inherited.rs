@@ -4,7 +4,10 @@
 //! A slot's counters are those of all rules that had it. What of them is the rule's own is told by an *offset*, which is
 //! added to what the map shows; it is written down for the next daemon. Offsets wrap.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use mcr_common::counters::RuleCounters;
 use serde::{Deserialize, Serialize};
@@ -26,6 +29,9 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub struct Offsets {
     slot: u32,
+    /// When the rule got the slot, in milliseconds since 1970.
+    #[serde(default)]
+    since_ms: u64,
     rule: [u64; RuleCounters::COUNT],
     outputs: Vec<(u32, [u64; 6])>,
 }
@@ -41,7 +47,8 @@ pub struct Counted {
 /// The slots whose next tenant had them before, under a daemon that is gone.
 #[derive(Default)]
 pub(super) struct Inherited {
-    pub rules: BTreeSet<RuleSlot>,
+    /// With the time since when they had them.
+    pub rules: BTreeMap<RuleSlot, SystemTime>,
     pub outputs: BTreeSet<OutputSlot>,
 }
 
@@ -98,7 +105,9 @@ impl Books {
             if offered(&shown) > 0 {
                 self.redirected.saw(*slot);
             }
-            self.inherited.rules.insert(*slot);
+            let since = known.map(|known| known.since_ms).filter(|since| *since > 0);
+            let since = since.map(|since| UNIX_EPOCH + Duration::from_millis(since));
+            self.inherited.rules.insert(*slot, since.unwrap_or_else(SystemTime::now));
             for (output, totals) in outputs {
                 let now = OfOutput { offered: offered(rule), totals: *totals };
                 let known = known.and_then(|known| known.outputs.iter().find(|(slot, _)| *slot == output.0));
@@ -163,6 +172,7 @@ impl Books {
             let rule = former.minus(tenant.kernel_base).to_words();
             Some(Offsets {
                 slot: entry.slot.0,
+                since_ms: tenant.since.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
                 rule,
                 outputs: entry.output_slots.iter().map(output).collect(),
             })
