@@ -138,12 +138,13 @@ fn reloads_under_eight_streams_lose_nothing() {
     let mut round = 0;
     while !generator.ended() {
         // Rules come, go, change and move, by SIGHUP and by command in turn.
+        let group = |n| format!("239.3.{}.{n}", round % 256);
         let other =
-            |n: u32| rule_to(&format!("x{n}"), 20 + n + round % 2, &format!("239.3.{round}.{n}:6000@out1"));
+            |n: u32| rule_to(&format!("x{n}"), 20 + n + round % 2, &format!("{}:6000@out1", group(n)));
         files.write("mcr.toml", &(eight() + &(0..20).map(other).collect::<String>()));
         if round % 2 == 0 {
             relay.signal(Signal::SIGHUP);
-            let last = format!("239.3.{round}.19:");
+            let last = format!("{}:", group(19));
             wait_until("the rules are loaded", PATIENCE, || {
                 relay.show_all().iter().any(|rule| rule.outputs[0].to.starts_with(&last))
             });

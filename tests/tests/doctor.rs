@@ -531,7 +531,9 @@ fn hosts_that_cannot_be_reached() {
     mend(&relay, &site.relay, &next, &[]);
     ask_until_without(&relay, Code::OutputPending);
 
-    // A host that refuses the port.
+    // A host that refuses the port. The kernel tells its answer to any socket of the source port on the interface: to that
+    // of groups as well, if there is one.
+    relay.remove("foreign");
     relay.add("refused", "239.1.1.3:5000@in0", &["10.78.0.2:6000@out0"]);
     site.segments[0].wait_until_joined([239, 1, 1, 3].into());
     let _source = playing(&site, SocketAddrV4::new([239, 1, 1, 3].into(), 5000));

@@ -62,6 +62,8 @@ pub struct OutputTotals {
     pub dropped: [u64; DropReason::ALL.len()],
     /// Passed over by the kernel in silence.
     pub skipped: u64,
+    /// With the kernel: it will leave, or have been skipped.
+    pub on_its_way: u64,
 }
 
 /// What was counted of an interface.
@@ -400,6 +402,8 @@ impl Books {
     pub fn output(&self, slot: OutputSlot) -> OutputTotals {
         let raw = self.raw_output(slot);
         let base = self.output_bases.get(&slot).copied().unwrap_or_default();
+        let skipped = raw.skipped - base.skipped;
+        let on_its_way = self.redirected.on_its_way(slot).min(skipped);
         OutputTotals {
             received: raw.received - base.received,
             sent: raw.sent - base.sent,
@@ -407,7 +411,8 @@ impl Books {
             retried: raw.retried - base.retried,
             approximate: raw.approximate - base.approximate,
             dropped: std::array::from_fn(|reason| raw.dropped[reason] - base.dropped[reason]),
-            skipped: raw.skipped - base.skipped,
+            skipped: skipped - on_its_way,
+            on_its_way,
         }
     }
 

@@ -102,7 +102,7 @@ impl Books {
             });
             for slot in &entry.output_slots {
                 let totals = self.output(*slot);
-                let dropped = totals.dropped.iter().sum::<u64>() + totals.skipped;
+                let dropped = totals.dropped.iter().sum::<u64>() + totals.skipped + totals.on_its_way;
                 let sums = sums(totals.received, [totals.sent, dropped], 0, batches);
                 found.push((Subject::Output(*slot), sums));
             }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use mcr_common::counters::{OutputCounters, RuleCounters, add_words};
@@ -48,6 +48,31 @@ impl OfOutput {
     }
 }
 
+/// What an output was passed over with, told from what is on its way. A look at the counters shows both together.
+#[derive(Clone, Copy, Debug)]
+struct Skips {
+    /// Certain.
+    skipped: u64,
+    /// The least that was seen in a while, which began then.
+    least: u64,
+    began: Instant,
+}
+
+impl Skips {
+    /// Nothing is on its way for so long.
+    const WHILE: Duration = Duration::from_secs(1);
+
+    fn look(&mut self, seen: u64, now: Instant) {
+        self.least = self.least.min(seen);
+        if now.duration_since(self.began) >= Self::WHILE {
+            self.skipped = self.skipped.max(self.least);
+            (self.least, self.began) = (seen, now);
+        }
+        // Under full load something is on its way at each look: what was less for once was not skipped.
+        self.skipped = self.skipped.min(seen);
+    }
+}
+
 /// What an output missed of its rule while it was none of the outputs.
 #[derive(Clone, Copy, Debug, Default)]
 struct Missed {
@@ -79,6 +104,7 @@ pub(super) struct Redirected {
     /// Nanoseconds since 1970 at which a rule was seen to have gone on last.
     seen_ns: HashMap<RuleSlot, u64>,
     outputs: HashMap<OutputSlot, OfOutput>,
+    skips: HashMap<OutputSlot, Skips>,
     missed: HashMap<OutputSlot, Missed>,
     /// What programs counted that are no longer attached, less what is not the output's own. It wraps.
     former: HashMap<OutputSlot, OfOutput>,
@@ -104,6 +130,12 @@ impl Redirected {
         let OfOutput { offered, totals } = self.output(slot);
         let all = offered.wrapping_sub(totals.received);
         self.missed.insert(slot, Missed { all, ..Missed::default() });
+    }
+
+    /// What of an output's datagrams has neither left nor is certain to have been skipped.
+    pub fn on_its_way(&self, slot: OutputSlot) -> u64 {
+        let seen = self.output(slot).totals.skipped();
+        self.skips.get(&slot).map_or(0, |skips| seen.saturating_sub(skips.skipped))
     }
 
     /// What an output missed: because its interface was not to be had, and because its neighbour was not.
@@ -168,6 +200,9 @@ impl Redirected {
             let former = self.former(slot);
             let now = former.plus(OfOutput { offered: offered(&counted), totals });
             self.outputs.insert(slot, now);
+            let (seen, time) = (now.totals.skipped(), Instant::now());
+            let skips = Skips { skipped: seen, least: seen, began: time };
+            self.skips.entry(slot).or_insert(skips).look(seen, time);
             let all = former.offered.wrapping_add(offered(&earlier)).wrapping_sub(now.totals.received);
             self.missed.entry(slot).or_default().become_all(all);
         }
@@ -194,5 +229,30 @@ impl Redirected {
             }
             self.counted.remove(&entry.slot);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_on_its_way_was_not_skipped() {
+        let start = Instant::now();
+        let mut skips = Skips { skipped: 0, least: 0, began: start };
+        let mut look = |ms, seen| {
+            skips.look(seen, start + Duration::from_millis(ms));
+            skips.skipped
+        };
+        // Seen now and then, gone in between.
+        assert_eq!(
+            [(100, 7), (900, 0), (1_000, 9), (1_500, 3), (2_100, 0)].map(|(ms, seen)| look(ms, seen)),
+            [0; 5]
+        );
+        // Skipped, with more on its way at times.
+        let seen = [(2_500, 5), (3_200, 6), (3_900, 5), (4_300, 8)];
+        assert_eq!(seen.map(|(ms, seen)| look(ms, seen)), [0, 0, 0, 5]);
+        // Nothing is taken back but what never was there.
+        assert_eq!([(4_400, 5), (4_500, 4)].map(|(ms, seen)| look(ms, seen)), [5, 4]);
     }
 }
