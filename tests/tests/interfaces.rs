@@ -241,9 +241,11 @@ fn an_ingress_interface_that_is_deleted_and_made_anew_relays_again() {
         assert!(!pins.exists(), "pins are left");
         assert!(site.groups("in0").is_empty());
         assert!(relay.workers().iter().all(|worker| worker.interface != "in0"), "its workers are gone");
+        // The io_uring of a process that has ended may hold its sockets open a while longer.
+        let by_kernel = site.ground == Ground::Kernel;
+        wait_until("sockets are closed", PATIENCE, || (held_now(&site, &relay).udp == busy.udp) == by_kernel);
         let left = holdings(&site, &relay);
         assert!(left.descriptors < busy.descriptors && left.udp <= busy.udp, "{left:?} of {busy:?}");
-        assert_eq!(left.udp == busy.udp, site.ground == Ground::Kernel, "{left:?} of {busy:?}");
         play.is_forgotten();
         play.segment().plug(&site.relay);
         assert_ne!(index(&site, "in0"), former);

@@ -107,6 +107,27 @@ fn what_the_kernel_cannot_do_by_itself_is_refused_by_name() {
 }
 
 #[test]
+fn a_move_that_is_refused_costs_the_stream_nothing() {
+    let site = site();
+    let relay = Relay::start(&site);
+    ["out0", "out1"].map(|sink| gro(&site, sink, "off"));
+    relay.add_with("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"], &["--datapath", "af-xdp"]);
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let mut sink = site.capture(0);
+    let source = Source::start(site.source(), Stream { rate: 5_000, ..Stream::to(GROUP) });
+    for outputs in [&[][..], &["--add-out", "239.2.2.3:6000@out1,loop=true"]] {
+        source.wait_for_more(500);
+        let answer = relay.cli(&[&["rule", "set", "cam1"][..], outputs, &BY_NAME].concat());
+        assert!(answer.refused(1).contains("the kernel cannot send it on by itself"), "{answer}");
+    }
+    source.wait_for_more(500);
+    let sent = source.stop();
+    assert_eq!(relay.show("cam1").datapath.as_deref(), Some("af-xdp"));
+    assert_eq!(relay.balanced("cam1", sent).outputs[0].sent, sent);
+    assert_sequence(&sink.exactly(TO, sent as usize), 0..sent);
+}
+
+#[test]
 fn an_output_that_is_pending_is_counted_so_and_comes_back() {
     let site = site();
     let relay = Relay::start(&site);

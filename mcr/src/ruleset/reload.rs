@@ -33,6 +33,11 @@ impl Plan {
     pub fn is_empty(&self) -> bool {
         self.added.is_empty() && self.changed.is_empty() && self.removed.is_empty() && self.adopted.is_empty()
     }
+
+    /// Of the rules that are added or changed.
+    pub fn names(&self) -> impl Iterator<Item = &RuleName> {
+        self.added.iter().chain(self.changed.iter().map(|(name, _)| name))
+    }
 }
 
 /// Why a file's rule cannot stand beside the others.

@@ -210,11 +210,12 @@ impl Daemon {
             self.check_saving(Some(&change.name))?;
         }
         // What is refused is refused before anything has changed.
-        self.state
-            .rules()
-            .clone()
-            .amend(&change.name, amendment.clone())
-            .map_err(|refusal| self.refusal(refusal))?;
+        let mut rules = self.state.rules().clone();
+        rules.amend(&change.name, amendment.clone()).map_err(|refusal| self.refusal(refusal))?;
+        let amended = &rules.get(&change.name)?.rule;
+        if let Some((_, why)) = self.redirect_refusal([amended].into_iter().filter(|rule| **rule != before)) {
+            return Err(Error::refused(why));
+        }
         if let Some(datapath) = amendment.datapath {
             self.change_datapath(&change.name, datapath).await?;
         }

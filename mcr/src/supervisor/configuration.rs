@@ -180,6 +180,10 @@ impl Daemon {
             return Ok(outcome);
         }
         self.check_confirmed()?;
+        let wanted = reload.plan.names().filter_map(|name| reload.rules.get(name.as_str()).ok());
+        if let Some((name, why)) = self.redirect_refusal(wanted.map(|entry| &entry.rule)) {
+            return Err(Error::refused(format!("{}: {why}; nothing was changed", reload.rules.whence(name))));
+        }
         let before = (self.state.rules().clone(), self.settings.clone());
         self.adopt(reload.overlap);
         self.settle().await;
@@ -309,8 +313,7 @@ impl Daemon {
     }
 
     fn problems_of<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = (&'a Entry, Problem, String)> {
-        let names = plan.added.iter().chain(plan.changed.iter().map(|(name, _)| name));
-        let entries = names.filter_map(|name| self.state.rules().get(name.as_str()).ok());
+        let entries = plan.names().filter_map(|name| self.state.rules().get(name.as_str()).ok());
         entries.filter_map(|entry| self.state.rule_problem(entry).map(|(problem, why)| (entry, problem, why)))
     }
 

@@ -37,7 +37,7 @@ use crate::{
         packet_socket::PacketSocket,
         redirect_target::takes_redirects,
     },
-    rule::{Datapath, DatapathChoice, IfIndex, InterfaceName, QueueId, Rule, RuleSlot},
+    rule::{Datapath, DatapathChoice, IfIndex, InterfaceName, QueueId, Rule, RuleName, RuleSlot},
     ruleset::{Entry, OUTPUTS_PER_RULE, RuleSet},
     supervisor::{
         Launch,
@@ -835,12 +835,30 @@ impl Daemon {
         }
     }
 
+    /// Why the kernel cannot send rules on by itself that name this datapath, asked before any of them is moved there: a
+    /// change that is refused costs a stream nothing.
+    pub fn redirect_refusal<'a>(
+        &self,
+        rules: impl Iterator<Item = &'a Rule>,
+    ) -> Option<(&'a RuleName, String)> {
+        let named: Vec<_> = rules.filter(|rule| rule.datapath.0 == Some(Datapath::Redirect)).collect();
+        if named.is_empty() {
+            return None;
+        }
+        let egress = named.iter().flat_map(|rule| &rule.outputs).map(|output| &output.interface);
+        let targets = self.ask_targets_of(egress.collect());
+        named.into_iter().find_map(|rule| Some((&rule.name, self.state.redirect_refusal(rule, &targets)?)))
+    }
+
     fn ask_targets(&self) -> Targets {
+        self.ask_targets_of(self.state.egress_interfaces())
+    }
+
+    fn ask_targets_of(&self, egress: BTreeSet<&InterfaceName>) -> Targets {
         if !self.state.has_bpf() {
             return Targets::default();
         }
         let links = self.state.links();
-        let egress = self.state.egress_interfaces();
         let there: Vec<_> =
             egress.into_iter().filter_map(|name| Some((name.clone(), links.get(name)?.index))).collect();
         let refusal = |(name, index): &(InterfaceName, IfIndex)| {

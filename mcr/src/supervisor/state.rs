@@ -193,6 +193,10 @@ pub struct State {
     keeps: bool,
 }
 
+fn cannot_redirect(why: &str) -> String {
+    format!("the kernel cannot send it on by itself: {why}")
+}
+
 impl State {
     pub fn new(limits: Limits) -> Self {
         Self {
@@ -420,6 +424,18 @@ impl State {
     /// Why the kernel cannot send a rule's datagrams on by itself, if it cannot. An output that waits for its
     /// interface or for its neighbour is no objection.
     fn redirect_objection(&self, rule: &Rule) -> Option<String> {
+        self.redirect_objection_by(rule, &self.targets)
+    }
+
+    /// Why the kernel could not send a rule on by itself, by what has been asked of its interfaces, before it is to.
+    pub fn redirect_refusal(&self, rule: &Rule, targets: &Targets) -> Option<String> {
+        let of_interface = self.interface_problem(&rule.input.interface, Datapath::Redirect);
+        let of_interface = of_interface.filter(|(problem, _)| *problem == Problem::Failed);
+        let of_outputs = || self.redirect_objection_by(rule, targets).map(|why| cannot_redirect(&why));
+        of_interface.map(|(_, why)| why).or_else(of_outputs)
+    }
+
+    fn redirect_objection_by(&self, rule: &Rule, targets: &Targets) -> Option<String> {
         if let Some(why) = self.output_failures.get(&rule.input.interface) {
             return Some(why.clone());
         }
@@ -429,7 +445,7 @@ impl State {
                 return Some(format!("{output}: {why}"));
             }
             let link = self.links.get(interface)?;
-            match self.targets.refusals.get(interface) {
+            match targets.refusals.get(interface) {
                 _ if link.mac.is_none() => Some(format!("{interface} has no Ethernet address")),
                 Some(None) => self.no_neighbour(output),
                 Some(refusal) => refusal.clone(),
@@ -1425,7 +1441,7 @@ impl State {
         let datapath = self.datapath_of(&entry.rule);
         let objection = || {
             let why = self.redirect_objection(&entry.rule).filter(|_| datapath == Datapath::Redirect)?;
-            Some((Problem::Failed, format!("the kernel cannot send it on by itself: {why}")))
+            Some((Problem::Failed, cannot_redirect(&why)))
         };
         self.interface_problem(&entry.rule.input.interface, datapath)
             .or_else(objection)
