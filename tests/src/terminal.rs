@@ -106,11 +106,12 @@ impl Terminal {
     #[track_caller]
     pub fn resize(&mut self, rows: u16, columns: u16) {
         let size = size(rows, columns);
+        // Before the program hears of it, as a terminal's window is: what it then draws fits.
+        self.text();
+        self.screen.set_size(nonzero(rows), nonzero(columns));
         // SAFETY: TIOCSWINSZ reads a winsize, which lives for the call.
         let set = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
         assert_eq!(set, 0, "TIOCSWINSZ");
-        self.text();
-        self.screen.set_size(nonzero(rows), nonzero(columns));
     }
 
     /// The modes of the terminal: raw, cooked, echo.

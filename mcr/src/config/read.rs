@@ -62,7 +62,7 @@ fn read_files<'a>(
         match set.add(rule.clone(), Origin::File(place.clone())) {
             Ok(Change::Made) => config.rules.push((rule, place)),
             Ok(Change::None) => {}
-            Err(refusal) => mistakes.push(Mistake::new(source, span, refused(&rule, &refusal, &set))),
+            Err(refusal) => note(&mut mistakes, source, span, || refused(&rule, &refusal, &set)),
         }
     }
     if mistakes.is_empty() { Ok(config) } else { Err(mistakes) }
@@ -114,6 +114,18 @@ struct Written {
 
 type Value<'a> = Spanned<DeValue<'a>>;
 
+/// Mistakes that are told of one file: finding the places of a million takes minutes, and nobody reads them.
+const MOST: usize = 100;
+
+/// Notes a mistake, unless there are enough.
+fn note(mistakes: &mut Vec<Mistake>, source: &Source, span: Range<usize>, what: impl FnOnce() -> String) {
+    match mistakes.len() {
+        ..MOST => mistakes.push(Mistake::new(source, span, what())),
+        MOST => mistakes.push(Mistake::new(source, span, "and more from here on: mend those above first")),
+        _ => {}
+    }
+}
+
 /// Reads one file.
 struct Reader<'a> {
     source: &'a Source,
@@ -124,7 +136,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn mistake(&mut self, span: Range<usize>, what: impl Into<String>) {
-        self.mistakes.push(Mistake::new(self.source, span, what));
+        note(&mut self.mistakes, self.source, span, || what.into());
     }
 
     fn file(&mut self) -> Vec<Written> {

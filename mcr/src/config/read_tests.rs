@@ -54,6 +54,15 @@ fn every_option_and_every_rule_option_is_read() {
 }
 
 #[test]
+fn of_a_great_many_mistakes_the_first_are_told() {
+    for text in ["a\n", "[[rule]]\n", "[[rule]]\nin = 1\n"] {
+        let mistakes = read(&[source("mcr.toml", &text.repeat(200_000))], &Options::default()).unwrap_err();
+        assert_eq!(mistakes.len(), MOST + 1, "{text}");
+        assert!(mistakes[MOST].what.starts_with("and more"), "{}", mistakes[MOST]);
+    }
+}
+
+#[test]
 fn what_is_written_is_read_as_it_was() {
     let config = read(&[source("mcr.toml", GOOD)], &Options::default()).unwrap();
     let mut set = RuleSet::new(10);
