@@ -4,7 +4,6 @@ use std::slice;
 
 use serde::Serialize;
 use serde_json::Value;
-use tracing::info;
 
 use crate::{
     api::{
@@ -16,7 +15,7 @@ use crate::{
     },
     rule::{DatapathChoice, Input, Origin, Output, OutputSlot, Rule, RuleName},
     ruleset::{Amendment, Change, Entry, Refusal},
-    supervisor::{run::Daemon, settings, state::Problem},
+    supervisor::{audit::Asked, run::Daemon, settings, state::Problem},
 };
 
 pub type Answer = Result<Value, Error>;
@@ -43,25 +42,8 @@ pub fn json(answer: &impl Serialize) -> Answer {
 impl Daemon {
     /// Does what a call asks and replies.
     pub async fn answer(&mut self, call: Call) {
-        let is_noted = matches!(
-            call.request,
-            Request::RuleAdd(_)
-                | Request::RuleSet(_)
-                | Request::RuleRemove(_)
-                | Request::LogLevelSet(_)
-                | Request::ConfigConfirm
-                | Request::ConfigRollback
-                | Request::ConfigSave
-                | Request::EventsSubscribe
-                | Request::Stop(_)
-        );
-        if is_noted {
-            info!(uid = call.peer.uid, pid = call.peer.pid, request = ?call.request, "asked");
-        }
-        if let Request::ConfigLoad(load) = &call.request {
-            let files: Vec<_> = load.sources.iter().map(|source| &source.file).collect();
-            info!(uid = call.peer.uid, pid = call.peer.pid, ?files, load.dry_run, "asked to load");
-        }
+        let asked = Asked::of(&call.request);
+        let level = self.settings.log_level;
         let stops = match &call.request {
             Request::Stop(Stop { keep }) => Some(*keep),
             _ => None,
@@ -70,6 +52,17 @@ impl Daemon {
             Request::EventsSubscribe => self.subscribe(call.subscriber),
             request => self.perform(request).await,
         };
+        if let Some(asked) = asked {
+            // What makes the log say less is still said.
+            let now = self.settings.log_level;
+            if level > now {
+                self.log.set_level(level);
+            }
+            asked.log(call.peer, &answer);
+            if level > now {
+                self.log.set_level(now);
+            }
+        }
         let done = answer.is_ok();
         // A client that has gone misses its answer, nothing else.
         let _ = call.reply.send(answer);

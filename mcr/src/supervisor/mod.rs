@@ -3,6 +3,7 @@
 
 mod alarms;
 mod answers;
+mod audit;
 mod balance;
 mod books;
 mod commands;
