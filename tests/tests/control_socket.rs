@@ -144,6 +144,15 @@ fn garbage_is_answered_by_an_error_and_a_request_by_an_answer() {
     ] {
         assert_eq!(ask(request)["error"]["code"], code, "{request}");
     }
+    for (sources, words) in [
+        ("[]", "sources is empty"),
+        (r#"[{"file":"x\n\u001b[31m","text":""}]"#, "sources[0].file has a control character"),
+    ] {
+        let load = r#"{"jsonrpc":"2.0","id":1,"method":"config.load","params":{"sources":"#;
+        let answer = ask(&format!("{load}{sources}}}}}\n"));
+        let message = answer["error"]["message"].as_str().expect("it is refused");
+        assert!(message.contains(words) && message.lines().count() == 1, "{message}");
+    }
 }
 
 #[test]

@@ -18,6 +18,7 @@ use crate::{
     },
     config::{self, HEAD, Mistake, Source, options::Options},
     rule::DatapathChoice,
+    supervisor::first_mistake,
 };
 
 /// How long a load may take: thousands of rules are served before it is answered.
@@ -128,7 +129,7 @@ fn sources(file: &Path) -> anyhow::Result<Vec<Source>> {
     let sources = gather(file)?;
     match config::read(&sources, &Options::of_rules(MOST_RULES, DatapathChoice::default())) {
         Ok(_) => Ok(sources),
-        Err(mistakes) => bail!(config::in_one_line(&mistakes)),
+        Err(mistakes) => bail!(first_mistake(file, &mistakes)),
     }
 }
 
@@ -199,7 +200,7 @@ fn plan(outcome: &ConfigOutcome) -> String {
     lines.extend(outcome.settings.iter().map(setting));
     let unchanged = text::count(outcome.unchanged.into());
     lines.push(format!("{unchanged} rule{} unchanged\n", text::plural(outcome.unchanged as usize)));
-    lines.concat()
+    text::harmless(&lines.concat())
 }
 
 fn setting(setting: &SettingDifference) -> String {

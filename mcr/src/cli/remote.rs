@@ -55,7 +55,7 @@ impl Remote {
             line.push('\n');
             print(&line)
         } else {
-            print(&render(answer, text::width()))
+            print(&text::harmless(&render(answer, text::width())))
         }
     }
 

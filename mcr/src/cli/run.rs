@@ -1,12 +1,12 @@
 //! `mcr run`: the daemon, started with what its arguments and its configuration files say.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 
 use crate::{
     config::{self, options::Options},
-    supervisor::{self, Launch},
+    supervisor::{self, Launch, first_mistake},
 };
 
 /// Run the relay daemon in the foreground
@@ -25,7 +25,7 @@ impl Args {
         let sources = file.as_deref().map(config::gather).transpose()?.unwrap_or_default();
         let config = match config::read(&sources, &self.options) {
             Ok(config) => config,
-            Err(mistakes) => bail!(config::in_one_line(&mistakes)),
+            Err(mistakes) => bail!(first_mistake(file.as_deref().unwrap_or(Path::new("")), &mistakes)),
         };
         supervisor::run(Launch { options: self.options, file, sources }, config)
     }

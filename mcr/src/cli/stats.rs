@@ -10,7 +10,7 @@ use std::{
 use super::{
     print,
     remote::Remote,
-    text::{bytes, count, rate, reasons, table, total},
+    text::{self, bytes, count, rate, reasons, table, total},
 };
 use crate::{
     api::wire::{Alarm, DeviceStats, InterfaceStats, Request, RuleStats, Stats, StatsQuery},
@@ -45,7 +45,8 @@ fn watch(remote: &Remote, request: &Request) -> anyhow::Result<()> {
     loop {
         let stats: Stats = client.call(request)?;
         if in_place {
-            remote.show(&stats, |stats, width| frame(&render(stats, width), terminal.size().0))?;
+            let shown = text::harmless(&render(&stats, text::width()));
+            print(&frame(&shown, terminal.size().0))?;
         } else {
             remote.show(&stats, render)?;
             if !remote.json() {

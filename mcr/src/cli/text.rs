@@ -96,6 +96,11 @@ pub fn one_line(text: &str) -> String {
     text.trim_end().chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+/// The same text without what a terminal would obey: of control characters only line breaks and tabs are left.
+pub fn harmless(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { ' ' } else { c }).collect()
+}
+
 /// `s` unless there is one.
 pub fn plural(number: usize) -> &'static str {
     if number == 1 { "" } else { "s" }
@@ -153,5 +158,10 @@ mod tests {
     #[test]
     fn one_line_is_one_line() {
         assert_eq!(one_line("a\nb\tc\u{1b}[2J\n"), "a b c [2J");
+    }
+
+    #[test]
+    fn a_terminal_is_told_nothing_but_text() {
+        assert_eq!(harmless("a\nb\tc\u{1b}[2J\u{9b}31m\r\n"), "a\nb\tc [2J 31m \n");
     }
 }

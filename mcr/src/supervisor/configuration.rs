@@ -18,7 +18,7 @@ use crate::{
         ConfigLoad, ConfigOutcome, ConfigSaved, ConfigText, Error, LoadOutcome, RuleDifference, RuleInfo,
         RuleRemoval, RuleSpec, SCHEMA, SettingDifference,
     },
-    config::{self, Config, Source, options::Options},
+    config::{self, Config, Mistake, Source, options::Options},
     rule::{Origin, Rule, RuleName},
     ruleset::{Entry, Plan, RuleSet},
     supervisor::{
@@ -83,6 +83,32 @@ pub fn spec(rule: &Rule) -> RuleSpec {
     }
 }
 
+/// The first mistake of a file and its fragments, and how to see the others if there are more.
+pub fn first_mistake(file: &Path, mistakes: &[Mistake]) -> String {
+    match mistakes {
+        [] => String::new(),
+        [only] => only.to_string(),
+        [first, more @ ..] => {
+            format!("{first}; and {} more: see `mcr config check {}`", more.len(), file.display())
+        }
+    }
+}
+
+/// Refuses what no file was read for, and names of files that are no line of text.
+fn check_sources(sources: &[Source]) -> Result<(), Error> {
+    if sources.is_empty() {
+        return Err(Error::refused(
+            "sources is empty, which would remove every rule of a file: to mean that, load a file without rules",
+        ));
+    }
+    match sources.iter().position(|source| source.file.contains(char::is_control)) {
+        Some(at) => Err(Error::refused(format!(
+            "sources[{at}].file has a control character in it: give the file another name"
+        ))),
+        None => Ok(()),
+    }
+}
+
 impl Daemon {
     /// Takes in the rules that the daemon is started with. What cannot be served waits or has failed, and says so.
     ///
@@ -133,6 +159,7 @@ impl Daemon {
     }
 
     pub async fn load_config(&mut self, load: ConfigLoad) -> Answer {
+        check_sources(&load.sources)?;
         if load.dry_run {
             return json(&self.load(&load.sources, true, None).await?);
         }
@@ -170,9 +197,10 @@ impl Daemon {
         dry_run: bool,
         confirm_within_s: Option<u32>,
     ) -> Result<ConfigOutcome, Error> {
+        let main = Path::new(sources.first().map_or("", |source| &source.file));
         let said = self.configuration.launch.options.clone();
         let config = config::read(sources, &said.clone().with_max_rules(self.settings.max_rules))
-            .map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
+            .map_err(|mistakes| Error::refused(first_mistake(main, &mistakes)))?;
         let settings = Settings::from(said.or(config.options));
         let reload = self.state.rules().reload(config.rules).map_err(refused)?;
         let mut outcome = self.planned(&reload.plan, &reload.rules, &settings);
@@ -492,7 +520,8 @@ impl Daemon {
         let source = config::fragment_there(fragment).map_err(|error| refused(one_line(&error)))?;
         let Some(source) = source else { return Ok(Vec::new()) };
         let config = config::read_fragment(&source, &self.runs());
-        let config = config.map_err(|mistakes| Error::refused(config::in_one_line(&mistakes)))?;
+        let main = self.configuration.launch.file.as_deref().unwrap_or(fragment);
+        let config = config.map_err(|mistakes| Error::refused(first_mistake(main, &mistakes)))?;
         Ok(config.rules.into_iter().map(|(rule, _)| rule).collect())
     }
 
@@ -559,5 +588,43 @@ pub async fn overdue(unconfirmed: Option<Instant>) {
     match unconfirmed {
         Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(file: &str) -> Source {
+        Source { file: file.to_owned(), text: "a\nb\nc\n".to_owned() }
+    }
+
+    #[test]
+    fn sources_are_files_with_names() {
+        for (files, refused) in [
+            (&["/etc/mcr/mcr.toml", "x é"][..], None),
+            (&[], Some("sources is empty")),
+            (&["a", "x\n\u{1b}[31m"], Some("sources[1].file has a control character")),
+            (&["\u{9b}31m"], Some("sources[0].file has a control character")),
+        ] {
+            let sources: Vec<_> = files.iter().map(|file| source(file)).collect();
+            match (check_sources(&sources), refused) {
+                (Ok(()), None) => {}
+                (Err(error), Some(words)) if error.message.starts_with(words) => {}
+                (checked, _) => panic!("{files:?}: {checked:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn more_mistakes_are_shown_by_a_command_that_can_be_typed() {
+        let source = source("/etc/mcr/rules.d/a.toml");
+        let mistakes = [Mistake::new(&source, 0..1, "x"), Mistake::new(&source, 2..3, "y")];
+        let main = Path::new("/etc/mcr/mcr.toml");
+        assert_eq!(first_mistake(main, &mistakes[..1]), "/etc/mcr/rules.d/a.toml:1:1: x");
+        assert_eq!(
+            first_mistake(main, &mistakes),
+            "/etc/mcr/rules.d/a.toml:1:1: x; and 1 more: see `mcr config check /etc/mcr/mcr.toml`"
+        );
     }
 }

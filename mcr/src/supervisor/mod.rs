@@ -26,6 +26,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
+pub use configuration::first_mistake;
+
 use crate::config::{Config, Source, options::Options};
 use service::Service;
 use settings::Settings;

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::{
     api::wire::{Health, Outcome, RuleInfo, RuleList, RuleOutcome, RuleShow},
-    cli::text::{health, table},
+    cli::text::{health, one_line, table},
 };
 
 /// Outputs that one cell or line names.
@@ -75,7 +75,7 @@ pub fn show(answer: &RuleShow, width: u16) -> String {
     if !rule.datapath_why.is_empty() {
         rows.push(row("why", rule.datapath_why.clone()));
     }
-    rows.push(row("origin", rule.place.as_ref().unwrap_or(&rule.origin).clone()));
+    rows.push(row("origin", one_line(rule.place.as_ref().unwrap_or(&rule.origin))));
     for (set, option) in [(rule.merge, "merge"), (rule.link_local, "link-local")] {
         if set {
             rows.push(row(option, "yes".to_owned()));
@@ -155,6 +155,14 @@ cam2  239.1.1.1:5000@eth0  a                    -         cli     failed: no mem
                            d
 "
         );
+    }
+
+    #[test]
+    fn a_place_is_one_line() {
+        let mut rule = rule(&["a"]);
+        rule.place = Some("x\n\u{1b}[31m:3".to_owned());
+        let text = show(&RuleShow { schema: 1, rule }, 60);
+        assert!(text.contains("origin      x  [31m:3\n"), "{text}");
     }
 
     #[test]
