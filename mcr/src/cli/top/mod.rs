@@ -30,6 +30,7 @@ use model::{Model, Sample, Sort};
 /// Watch rules, workers and interfaces, live
 #[derive(Debug, clap::Args)]
 #[command(
+    mut_arg("json", |json| json.hide(true)),
     after_help = "Keys: up, down, PageUp, PageDown choose a rule; r, d, n sort by rate, drops, name; / filters by \
                         rule or endpoint, Esc shows all again; q, Esc and Ctrl-C quit."
 )]

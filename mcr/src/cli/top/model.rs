@@ -102,7 +102,8 @@ pub struct Model {
     pub last: Option<Sample>,
     pub rows: Vec<Row>,
     pub workers: Vec<Worker>,
-    pub received_bps: f64,
+    /// Not known before the second look.
+    pub received_bps: Option<f64>,
     /// Looks in the last minute, which histories go back.
     pub minute: usize,
 }
@@ -119,7 +120,7 @@ impl Model {
             last: None,
             rows: Vec::new(),
             workers: Vec::new(),
-            received_bps: 0.0,
+            received_bps: None,
             minute: ((60.0 / interval.as_secs_f64()).ceil() as usize).clamp(1, 600),
         }
     }
@@ -150,7 +151,7 @@ impl Model {
             let info = sample.rules.iter().find(|info| info.name == rule.name);
             self.rows.push(row(rule, info, drops(rule, before, seconds), history));
         }
-        self.received_bps = seconds.map_or(0.0, |seconds| 8.0 * float(received) / seconds);
+        self.received_bps = seconds.map(|seconds| 8.0 * float(received) / seconds);
         let used = |worker: &WorkerInfo| {
             let (now, last) = (sample.cpu.get(&worker.pid?)?, before.as_ref()?.cpu.get(&worker.pid?)?);
             Some(100.0 * now.saturating_sub(*last).as_secs_f64() / seconds?)

@@ -77,6 +77,7 @@ fn header(model: &Model, area: Rect) -> Vec<Line<'_>> {
         }
     }
     let drops = model.drop_rate();
+    let received = model.received_bps.map_or_else(|| "-".to_owned(), |bps| si(bps, "b/s"));
     let mut lines = vec![
         Line::from(vec![
             title.bold(),
@@ -86,7 +87,7 @@ fn header(model: &Model, area: Rect) -> Vec<Line<'_>> {
             up.into(),
         ]),
         Line::from(vec![
-            format!("in {} {}  ", rate(status.received_pps), si(model.received_bps, "b/s")).into(),
+            format!("in {} {received}  ", rate(status.received_pps)).into(),
             format!("out {} {}  ", rate(status.sent_pps), si(status.sent_bps, "b/s")).into(),
             Span::styled(format!("drops {}", rate(drops)), if drops > 0.0 { red() } else { Style::new() }),
         ]),

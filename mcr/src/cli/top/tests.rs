@@ -219,6 +219,20 @@ q quit  / filter  r d n sort (by rate)";
 }
 
 #[test]
+fn before_the_second_look_no_bits_are_known() {
+    assert_eq!(screen(&model(1), 80, 24)[1], "in 10.5 k/s -  out 21.0 k/s 221.1 Mb/s  drops 0 /s");
+}
+
+#[test]
+fn json_is_not_offered_by_the_screen() {
+    let help = |name: &str| {
+        let mut command = crate::cli::public();
+        command.find_subcommand_mut(name).unwrap().render_long_help().to_string()
+    };
+    assert!(help("stats").contains("--json") && !help("top").contains("--json"));
+}
+
+#[test]
 fn a_narrow_and_low_screen_has_what_matters_most() {
     let expected = [
         "mcr 0.1.0 is working in part: something",
