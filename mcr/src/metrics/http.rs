@@ -88,7 +88,8 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Get>, Answer> {
         Some("HEAD") => true,
         _ => return Err(Answer::text(Status::MethodNotAllowed, "there is only GET and HEAD\n")),
     };
-    let path = request.path.unwrap_or_default().split('?').next().unwrap_or_default().to_owned();
+    let target = request.path.unwrap_or_default();
+    let path = path_of(target).split('?').next().unwrap_or_default().to_owned();
     let accepts = |header: &httparse::Header<'_>| {
         header.name.eq_ignore_ascii_case("accept")
             && String::from_utf8_lossy(header.value)
@@ -97,6 +98,19 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Get>, Answer> {
     };
     let open_metrics = request.headers.iter().any(accepts);
     Ok(Some(Get { path, headers_alone, open_metrics }))
+}
+
+/// What follows the authority of a target in absolute form, as proxies are sent it (RFC 9112, 3.2.2).
+fn path_of(target: &str) -> &str {
+    const SCHEME: &str = "http://";
+    if !target.get(..SCHEME.len()).is_some_and(|scheme| scheme.eq_ignore_ascii_case(SCHEME)) {
+        return target;
+    }
+    let rest = &target[SCHEME.len()..];
+    match rest.find(['/', '?']) {
+        Some(at) if rest[at..].starts_with('/') => &rest[at..],
+        _ => "/",
+    }
 }
 
 pub fn too_large() -> Answer {
@@ -116,6 +130,10 @@ mod tests {
         for (bytes, expected) in [
             ("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", get("/metrics", false, false)),
             ("GET /metrics?a=b HTTP/1.0\r\n\r\n", get("/metrics", false, false)),
+            ("GET http://x/healthz HTTP/1.1\r\n\r\n", get("/healthz", false, false)),
+            ("GET HTTP://[::1]:9464/metrics?a=/b HTTP/1.1\r\n\r\n", get("/metrics", false, false)),
+            ("GET http://x HTTP/1.1\r\n\r\n", get("/", false, false)),
+            ("GET http://x?a=/metrics HTTP/1.1\r\n\r\n", get("/", false, false)),
             ("HEAD /healthz HTTP/1.1\r\n\r\n", get("/healthz", true, false)),
             (
                 "GET /metrics HTTP/1.1\r\naccept: Application/openmetrics-text;version=1.0.0;q=0.5,*/*;q=0.1\r\n\r\n",
