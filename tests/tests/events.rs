@@ -4,6 +4,7 @@ use std::{
     fs,
     io::Write,
     os::unix::net::UnixStream,
+    process::Stdio,
     sync::mpsc::{self, Receiver},
     thread,
     time::{Duration, Instant},
@@ -77,6 +78,22 @@ impl Listener {
     fn find(&mut self, name: &str) -> Value {
         self.until(name).pop().expect("it is there")
     }
+}
+
+#[test]
+fn events_that_nobody_reads_any_more_end_at_once() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    let mut events = relay.call(&["events"]).stdout(Stdio::piped()).spawn().expect("mcr events");
+    let stdout = events.stdout.take();
+    wait_until("it has subscribed", PATIENCE, || relay.log().contains("asked=events.subscribe"));
+    drop(stdout);
+    let mut status = None;
+    wait_until("it ends without an event", PATIENCE, || {
+        status = events.try_wait().expect("its status");
+        status.is_some()
+    });
+    assert_eq!(status.and_then(|status| status.code()), Some(0));
 }
 
 #[test]

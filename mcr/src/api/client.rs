@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{self, Read, Write},
+    os::fd::{AsFd, BorrowedFd},
     os::unix::{
         fs::{FileTypeExt, MetadataExt},
         net::UnixStream,
@@ -146,6 +147,11 @@ impl Client {
                 result => return result,
             }
         }
+    }
+
+    /// What there is to wait for until the next notification comes; nothing if it is here already.
+    pub fn awaited(&self) -> Option<BorrowedFd<'_>> {
+        (!self.unread.contains(&b'\n')).then(|| self.stream.as_fd())
     }
 
     /// Waits for the next notification, for as long as it takes.

@@ -1,8 +1,15 @@
 //! `mcr events`: what happens, as it happens.
 
-use super::{print, remote::Remote};
+use std::{io, os::fd::AsFd};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+use super::{ReaderGone, print, remote::Remote};
 use crate::api::{
-    client::ClientError,
+    client::{Client, ClientError},
     event::Occurrence,
     wire::{Request, Subscribed},
 };
@@ -35,6 +42,7 @@ impl Args {
         let mut client = self.remote.connect()?;
         client.call::<Subscribed>(&Request::EventsSubscribe)?;
         loop {
+            wait(&client)?;
             let event = match client.next_event() {
                 Err(ClientError::Closed { .. } | ClientError::HalfALine { .. }) => {
                     return Err(Ended::BrokenOff.into());
@@ -50,5 +58,23 @@ impl Args {
                 _ => {}
             }
         }
+    }
+}
+
+/// Waits until something comes from the daemon, unless whoever reads our stdout goes before.
+fn wait(client: &Client) -> anyhow::Result<()> {
+    let Some(daemon) = client.awaited() else { return Ok(()) };
+    let stdout = io::stdout();
+    // Of stdout there is nothing to ask: that its reader is gone is told in any case.
+    let mut fds = [PollFd::new(daemon, PollFlags::POLLIN), PollFd::new(stdout.as_fd(), PollFlags::empty())];
+    while let Err(error) = poll(&mut fds, PollTimeout::NONE) {
+        if error != Errno::EINTR {
+            return Err(error.into());
+        }
+    }
+    let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
+    match fds[1].revents() {
+        Some(told) if told.intersects(gone) => Err(ReaderGone.into()),
+        _ => Ok(()),
     }
 }
