@@ -84,6 +84,7 @@ fn sections(command: &Command, name: &str) -> Vec<(&'static str, Entries)> {
     let status = match name {
         "mcr" => Some(STATUS),
         "mcr-run" => Some(RUN_STATUS),
+        "mcr-events" => Some(EVENTS_STATUS),
         // Its description says its own.
         "mcr-doctor" => None,
         _ => is_of_the_daemon.then_some(STATUS),
@@ -98,10 +99,17 @@ fn sections(command: &Command, name: &str) -> Vec<(&'static str, Entries)> {
         _ => None,
     };
     let examples = EXAMPLES.iter().find(|(page, _)| *page == name).map(|(_, examples)| *examples);
-    [("EXIT STATUS", status), ("ENVIRONMENT", environment), ("FILES", files), ("EXAMPLES", examples)]
-        .into_iter()
-        .filter_map(|(heading, entries)| Some((heading, entries?)))
-        .collect()
+    let keys = (name == "mcr-top").then_some(TOP_KEYS);
+    [
+        ("KEYS", keys),
+        ("EXIT STATUS", status),
+        ("ENVIRONMENT", environment),
+        ("FILES", files),
+        ("EXAMPLES", examples),
+    ]
+    .into_iter()
+    .filter_map(|(heading, entries)| Some((heading, entries?)))
+    .collect()
 }
 
 const STATUS: Entries = &[
@@ -115,6 +123,23 @@ const RUN_STATUS: Entries = &[
     ("0", "It was told to end: by SIGTERM, SIGINT or mcr stop, or by SIGUSR1, which is mcr stop --keep."),
     ("1", "It could not start, or could not go on: the last line on stderr says why and what to do."),
     ("2", "The arguments are wrong."),
+];
+
+const EVENTS_STATUS: Entries = &[
+    ("0", "The daemon was stopped, and the last event is daemon.stopping; or what read them here is gone."),
+    ("1", "It went otherwise, or what reads them was too slow: one line on stderr says which."),
+    ("2", "The arguments are wrong."),
+    ("3", "No daemon answers on the control socket."),
+];
+
+const TOP_KEYS: Entries = &[
+    ("Up, Down, PageUp, PageDown, Home, End", "Choose a rule, whose outputs and drops are shown."),
+    ("r, d, n", "Sort by rate, by drops, by name."),
+    (
+        "/",
+        "Filter: rules whose name or endpoint contains what is typed. Enter ends typing, Esc shows all again.",
+    ),
+    ("q, Esc, Ctrl-C", "Quit."),
 ];
 
 const ENVIRONMENT: Entries =
@@ -252,3 +277,26 @@ const EXAMPLES: &[(&str, Entries)] = &[
         &[("mcr man /usr/local/share/man/man1", "Installs the pages of a binary that came without them.")],
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_have_what_is_special_of_their_commands() {
+        let mut whole = public().disable_help_subcommand(true);
+        whole.build();
+        let pages = pages(&whole).unwrap();
+        for (name, words) in [
+            ("mcr-top.1", &[".SH KEYS\n", "Sort by rate"][..]),
+            ("mcr-events.1", &[".SH \"EXIT STATUS\"\n", "what reads them was too slow"]),
+            ("mcr-stats.1", &[".SH \"EXIT STATUS\"\n", "Refused or failed"]),
+        ] {
+            let (_, page) = pages.iter().find(|(file, _)| file == name).unwrap();
+            let page = String::from_utf8_lossy(page);
+            for word in words {
+                assert!(page.contains(word), "{name}: {word} in {page}");
+            }
+        }
+    }
+}
