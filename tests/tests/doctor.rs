@@ -129,6 +129,11 @@ fn command(next: &str) -> &str {
     next.rsplit_once(": ").unwrap().1
 }
 
+/// As it is typed for a relay on the usual socket.
+fn usual(relay: &Relay<'_>, next: &str) -> String {
+    next.replace(&format!(" --control {}", relay.control().display()), "")
+}
+
 fn playing(site: &Site, to: SocketAddrV4) -> Source {
     Source::start(site.source(), Stream { rate: 2_000, size: 200, ..Stream::to(to) })
 }
@@ -322,7 +327,7 @@ fn a_group_that_does_not_arrive_is_tried_from_its_source() {
         "interface in0",
         &["nobody asked for memberships in 0.4 s"],
     );
-    assert_eq!(longer, "mcr doctor in0 --seconds 130");
+    assert_eq!(usual(&relay, &longer), "mcr doctor in0 --seconds 130");
     // A querier that asks is heard, and the way is tried as it says.
     bridge.ip(&[
         "link set br0 type bridge mcast_query_interval 100 mcast_startup_query_interval 100",
@@ -665,7 +670,7 @@ fn many_streams_on_one_queue_and_many_workers_on_one_cpu() {
     let cpus = thread::available_parallelism().unwrap().get();
     if cpus > 1 {
         let next = diagnosis.says(Code::WorkersShareCpu, Note, "daemon", &["in0/xdp0, in0/xdp1", "CPU 0"]);
-        assert_eq!(next, format!("start it with mcr run --cpus 0-{}", cpus - 1));
+        assert_eq!(usual(&relay, &next), format!("start it with mcr run --cpus 0-{}", cpus - 1));
     } else {
         println!("one CPU: workers have no other to share");
     }
@@ -700,7 +705,7 @@ fn what_is_lost_in_rings_and_for_want_of_workers() {
     relay.balanced("cam1", 3_000);
     let next =
         ask(&relay, &[]).says(Code::RingDrops, Note, "interface in0", &["1,976 so far", "rx_ring_full"]);
-    assert_eq!(next, "start it with mcr run --frames 8192");
+    assert_eq!(usual(&relay, &next), "start it with mcr run --frames 8192");
 
     // Each end that comes too soon doubles the pause before the next start.
     for deaths in 1..=6 {
@@ -715,7 +720,8 @@ fn what_is_lost_in_rings_and_for_want_of_workers() {
     }
     let _source = playing(&site, GROUP);
     let diagnosis = ask(&relay, &[]);
-    assert_eq!(diagnosis.says(Code::WorkerDown, Problem, "daemon", &["in0/xdp0", "signal 9"]), "mcr workers");
+    let next = diagnosis.says(Code::WorkerDown, Problem, "daemon", &["in0/xdp0", "signal 9"]);
+    assert_eq!(next, format!("mcr workers --control {}", relay.control().display()));
     diagnosis.says(Code::RulePending, Problem, "rule cam1", &["is being restarted"]);
     diagnosis.says(Code::RuleDrops, Problem, "rule cam1", &["no_worker"]);
     relay.wait_until_active("cam1");
@@ -885,7 +891,7 @@ fn what_waits_for_the_operator() {
     let next = diagnosis.says(Code::OtherPort, Problem, "rule cam1", &["to port 5001"]);
     let place = format!("{}:1", file.display());
     assert_eq!(
-        next,
+        usual(&relay, &next),
         format!("write in = \"239.1.1.1:5001@in0\" at {place}, then mcr config load {}", file.display())
     );
     let next = diagnosis.says(Code::DaemonProblem, Problem, "daemon", &["confirm"]);
