@@ -12,20 +12,8 @@ const OF_DAEMON: [&str; 11] =
     ["run", "rule", "status", "stats", "workers", "doctor", "top", "events", "config", "log-level", "stop"];
 
 /// What commands begin with.
-const PROGRAMS: [&str; 12] = [
-    "mcr",
-    "ip",
-    "tc",
-    "nft",
-    "iptables-legacy",
-    "ethtool",
-    "sysctl",
-    "mount",
-    "nsenter",
-    "bpftool",
-    "bridge",
-    "nstat",
-];
+const PROGRAMS: [&str; 10] =
+    ["mcr", "ip", "tc", "nft", "iptables-legacy", "ethtool", "sysctl", "mount", "nsenter", "bpftool"];
 
 /// What only the operator knows.
 const PLACES: [&str; 6] = ["ADDRESS", "INTERFACE", "LIST", "MAC", "PATH", "VLAN"];
@@ -52,8 +40,8 @@ impl Asking {
     /// Writes all that is to be done as it is typed here.
     pub fn write(&self, outcome: &mut Outcome) {
         for finding in &mut outcome.findings {
-            finding.next = self.typed(&finding.next);
             finding.run = is_command(&finding.next);
+            finding.next = self.typed(&finding.next);
         }
     }
 
@@ -158,7 +146,7 @@ mod tests {
                 "/x",
                 Some("cam1"),
                 "mcr doctor in0 --seconds 130",
-                "mcr doctor in0 --control /x --seconds 130",
+                "mcr doctor --control /x in0 --seconds 130",
             ),
         ] {
             assert_eq!(asking(root, control, subject).typed(next), expected);
