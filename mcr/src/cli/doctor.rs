@@ -20,6 +20,7 @@ use crate::{
     doctor::{
         collect::collect,
         findings::{Check, Code, Finding, Outcome, Severity, decide},
+        typed::Asking,
     },
 };
 
@@ -69,7 +70,8 @@ fn at_most_an_hour(text: &str) -> Result<Duration, String> {
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let seen = collect(args.remote.control(), args.subject.as_deref(), args.seconds)?;
-    let outcome = decide(&seen);
+    let mut outcome = decide(&seen);
+    Asking::new(args.remote.control(), args.subject.as_deref()).write(&mut outcome);
     if args.remote.json() {
         let report = Report {
             schema: SCHEMA,
@@ -117,7 +119,8 @@ fn render(outcome: &Outcome) -> String {
             if *so_far <= SHOWN {
                 let mark = if finding.severity == Severity::Problem { "problem" } else { "note" };
                 lines.push(format!("  {mark:7}  {}", one_line(&finding.what)));
-                lines.push(format!("           next: {}", one_line(&finding.next)));
+                let next = if finding.run { "run: " } else { "next:" };
+                lines.push(format!("           {next} {}", one_line(&finding.next)));
             }
         }
         let checked = outcome.checked.iter().filter(|check| check.subject == subject);
@@ -185,7 +188,10 @@ nothing is wrong, 0 notes
         let findings = vec![
             Finding::note(Code::BpfJitOff, "host", "slow", "sysctl"),
             Finding::note(Code::TooBig, "rule cam1", "once", "mtu"),
-            Finding::problem(Code::NothingArrives, "rule cam1", "nothing\narrives", "mcr gen"),
+            Finding {
+                run: true,
+                ..Finding::problem(Code::NothingArrives, "rule cam1", "nothing\narrives", "mcr gen")
+            },
         ];
         let outcome =
             Outcome { findings, checked: vec![well("daemon", "it answers"), well("host", "2 CPUs")] };
@@ -196,7 +202,7 @@ rule cam1
   note     once
            next: mtu
   problem  nothing arrives
-           next: mcr gen
+           run:  mcr gen
 host
   note     slow
            next: sysctl

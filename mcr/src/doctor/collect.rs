@@ -183,6 +183,7 @@ fn device(name: &InterfaceName, link: Link, message: &LinkMessage) -> Device {
     Device {
         admin_up: message.header.flags.contains(LinkFlags::Up),
         carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        xdp_name: link.xdp_program.and_then(program_name),
         generic_xdp: generic,
         native_xdp: features.map(|features| features & netdev::XDP_BASIC != 0),
         most_rx_queues: ethtool::most_rx_queues(name),
@@ -193,6 +194,12 @@ fn device(name: &InterfaceName, link: Link, message: &LinkMessage) -> Device {
         rp_filter: conf("rp_filter"),
         link,
     }
+}
+
+/// Takes `CAP_SYS_ADMIN`.
+fn program_name(id: u32) -> Option<String> {
+    let program = aya::programs::loaded_programs().flatten().find(|program| program.id() == id)?;
+    program.name_as_str().filter(|name| !name.is_empty()).map(str::to_owned)
 }
 
 /// Looks where rules come in for what they want, and everywhere else for what might come there instead.

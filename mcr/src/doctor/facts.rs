@@ -79,6 +79,8 @@ pub struct Device {
     pub link: Link,
     pub admin_up: bool,
     pub carrier: bool,
+    /// Name of the program in its XDP slot.
+    pub xdp_name: Option<String>,
     /// A program is in its slot for generic XDP.
     pub generic_xdp: bool,
     /// Its driver runs XDP programs, if the kernel says.

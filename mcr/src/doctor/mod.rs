@@ -9,3 +9,4 @@ pub mod facts;
 pub mod findings;
 pub mod look;
 mod proc_net;
+pub mod typed;

@@ -1,6 +1,10 @@
 //! What comes in: whether a rule's group is joined, asked for and arrives, and what arrives in its place.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    time::Duration,
+};
 
 use super::{
     Code, Finding, Outcome,
@@ -16,6 +20,9 @@ use crate::{
 /// Queriers ask each 125 s unless they are told otherwise (RFC 3376, section 8.2).
 const QUERY_INTERVAL: Duration = Duration::from_secs(130);
 
+/// Idle rules of an interface that are told one by one.
+const MOST_IDLE: usize = 3;
+
 pub fn decide(seen: &Observations, outcome: &mut Outcome) {
     if let Some(why) = &seen.look.refused {
         outcome.push(Finding::note(
@@ -27,6 +34,7 @@ pub fn decide(seen: &Observations, outcome: &mut Outcome) {
     }
     let mut silent: BTreeSet<&InterfaceName> = BTreeSet::new();
     let mut spoilt: BTreeSet<&InterfaceName> = BTreeSet::new();
+    let mut idle: BTreeMap<&InterfaceName, Vec<Flow<'_>>> = BTreeMap::new();
     for flow in seen.flows() {
         let interface = &flow.rule.input.interface;
         let Some(device) = seen.devices.get(interface).filter(|device| device.link.up) else { continue };
@@ -55,8 +63,15 @@ pub fn decide(seen: &Observations, outcome: &mut Outcome) {
             outcome.findings.extend(instead);
             // What is known to be wrong is why nothing comes.
             if outcome.findings.len() == before {
-                outcome.push(nothing(seen, &flow));
+                idle.entry(interface).or_default().push(flow);
             }
+        }
+    }
+    for (interface, flows) in &idle {
+        if flows.len() > MOST_IDLE {
+            outcome.push(nothing_of_many(interface, flows));
+        } else {
+            outcome.findings.extend(flows.iter().map(|flow| nothing(seen, flow)));
         }
     }
     for interface in seen.ingress() {
@@ -256,10 +271,29 @@ fn nothing(seen: &Observations, flow: &Flow<'_>) -> Finding {
     let what = format!(
         "nothing of {group}:{port}{from} arrives on {interface} ({since}){asked}: does it send, and by a TTL that reaches here?"
     );
-    let next = format!(
-        "at the source, to try the way: mcr gen {group}:{port}@INTERFACE --rate 10 --size 100 --seconds 10"
+    Finding::problem(Code::NothingArrives, of_rule(flow), what, try_the_way(flow))
+}
+
+fn nothing_of_many(interface: &InterfaceName, flows: &[Flow<'_>]) -> Finding {
+    let names: Vec<_> = flows.iter().take(MOST_IDLE).map(Flow::name).collect();
+    let ever = |flow: &&Flow<'_>| flow.after.is_some_and(|stats| stats.idle_seconds.is_some());
+    let never = flows.len() - flows.iter().filter(ever).count();
+    let what = format!(
+        "nothing arrives for {} of its rules ({} and {} more), and for {} of them nothing ever came; they are joined: do their \
+         sources send, and by a TTL that reaches here?",
+        count(flows.len() as u64),
+        names.join(", "),
+        count((flows.len() - MOST_IDLE) as u64),
+        count(never as u64)
     );
-    Finding::problem(Code::NothingArrives, of_rule(flow), what, next)
+    Finding::problem(Code::NothingArrives, of_interface(interface), what, try_the_way(&flows[0]))
+}
+
+fn try_the_way(flow: &Flow<'_>) -> String {
+    let Input { group, port, .. } = &flow.rule.input;
+    format!(
+        "at the source, to try the way: mcr gen {group}:{port}@INTERFACE --rate 10 --size 100 --seconds 10"
+    )
 }
 
 /// A bridge asks without an address of its own, unless it is told to have one.

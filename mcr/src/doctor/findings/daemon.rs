@@ -97,7 +97,7 @@ fn process(told: &Told, outcome: &mut Outcome) {
             DAEMON,
             "it runs in a mount namespace of its own (`ip netns exec` makes one): what it pins ends with that, and \
              bpftool elsewhere may not see it",
-            format!("start it with nsenter --net=/run/netns/NAME mcr run, not ip netns exec (now: pid {})", process.pid),
+            format!("start it with nsenter --net=/run/netns/NAME mcr run in the place of ip netns exec (now: pid {})", process.pid),
         ));
     }
 }

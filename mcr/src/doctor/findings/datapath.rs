@@ -13,6 +13,9 @@ use crate::{
 /// Frames of a look from which on their spread over queues says something.
 const TELLING: u64 = 200;
 
+/// mcr's own XDP program, by its name.
+const STEERING: &str = "mcr_steer";
+
 pub fn decide(seen: &Observations, outcome: &mut Outcome) {
     for name in seen.ingress() {
         let Some(device) = seen.devices.get(name) else { continue };
@@ -79,13 +82,15 @@ fn obstacle(name: &InterfaceName, device: &Device, words: Option<&str>) -> Optio
     let kind = &link.kind;
     let says = |word| words.is_some_and(|words| words.contains(word));
     if let Some(program) = link.xdp_program.filter(|_| says("another XDP program")) {
-        let what =
-            format!("program {program} of somebody else has its XDP slot (`bpftool prog show id {program}`)");
-        return Some((
-            Code::XdpSlotTaken,
-            what,
-            format!("end whose it is, or: sudo ip link set dev {name} xdp off"),
-        ));
+        let what = match device.xdp_name.as_deref() {
+            Some(STEERING) => format!("another mcr has its XDP slot (program {program}, {STEERING})"),
+            named => format!(
+                "program {program}{} of somebody else has its XDP slot, until whoever attached it ends (`bpftool link show` \
+                 says who, if a link holds it)",
+                named.map(|named| format!(" ({named})")).unwrap_or_default()
+            ),
+        };
+        return Some((Code::XdpSlotTaken, what, format!("sudo bpftool net show dev {name}")));
     }
     // A veth says that it runs none as long as it has fewer than its peer sends by.
     if says("too few RX queues") || kind == "veth" && device.native_xdp == Some(false) {

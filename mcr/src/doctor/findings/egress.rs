@@ -101,7 +101,7 @@ fn is_broken(seen: &Observations, name: &InterfaceName, has_address: bool) -> bo
 }
 
 /// Lets an output's datagrams pass what is in their way.
-fn admit(output: &Output, hook: &Hook) -> String {
+pub fn admit(output: &Output, hook: &Hook) -> String {
     let Output { destination, port, interface, .. } = output;
     let rules: Vec<_> = hook
         .chains

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{Code, Finding, Outcome, of_interface, of_rule};
+use super::{Code, Finding, Outcome, egress::admit, of_interface, of_rule};
 use crate::{
     api::wire::{DeviceStats, InterfaceStats, OutputStats, count},
-    doctor::facts::{Flow, Observations},
+    doctor::facts::{Flow, Hook, Observations},
     rule::{InterfaceName, Output},
 };
 
@@ -141,10 +141,7 @@ fn sent(name: &InterfaceName, before: Option<&DeviceStats>, after: &DeviceStats,
     };
     for counter in after.qdisc.keys().filter(|counter| counter.ends_with(" drops")) {
         let counts = moved(before.map(|before| &before.qdisc), &after.qdisc, counter);
-        let next = format!(
-            "sudo tc qdisc replace dev {name} root pfifo limit 10000, or a wider shaping: tc -s qdisc show dev {name}"
-        );
-        outcome.push(lost(counter, counts, next));
+        outcome.push(lost(counter, counts, longer_queue(name)));
     }
     for counter in ["tx_dropped", "tx_errors", "tx_fifo_errors", "tx_carrier_errors"] {
         let counts = moved(before.map(|before| &before.link), &after.link, counter);
@@ -152,6 +149,37 @@ fn sent(name: &InterfaceName, before: Option<&DeviceStats>, after: &DeviceStats,
             let next = format!("see what it could not send: ip -s -s link show {name}; ethtool -S {name}");
             outcome.push(lost(counter, counts, next));
         }
+    }
+}
+
+fn longer_queue(name: &InterfaceName) -> String {
+    format!("sudo tc qdisc replace dev {name} root pfifo limit 10000")
+}
+
+/// Who refuses what a device is to send, and what is to be done: a hook on egress before the queue, for they look alike.
+fn refused(seen: &Observations, output: &Output) -> (String, String) {
+    let name = &output.interface;
+    let hook = seen.hooks.get(name).cloned().unwrap_or_default();
+    let chains: Vec<_> = hook.chains.into_iter().filter(|chain| chain.starts_with("netdev ")).collect();
+    if !chains.is_empty() {
+        let why = format!(
+            "were refused on their way out of {name}, by its nftables egress hook ({})",
+            chains.join(", ")
+        );
+        return (why, admit(output, &Hook { chains, ..Hook::default() }));
+    }
+    let by = |next: String| {
+        (format!("were refused on their way out: {}", hook.why.as_deref().unwrap_or_default()), next)
+    };
+    match hook.why.as_deref() {
+        Some(why) if why.contains("tc egress filter") => by(format!("tc -s filter show dev {name} egress")),
+        Some(why) if why.contains("(tcx)") => by(format!("sudo bpftool net show dev {name}")),
+        _ => (
+            format!(
+                "were refused by the queueing discipline of {name}, whose queue is too short or whose shaping too narrow"
+            ),
+            longer_queue(name),
+        ),
     }
 }
 
@@ -200,18 +228,20 @@ fn output(
         let (code, why, next) = match reason.as_str() {
             // Told elsewhere, with what is the case now.
             "ttl_expired" | "filtered" | "pending" | "unreachable" => continue,
+            "too_big" if now == 0 && mtu(name) >= mtu(&flow.rule.input.interface).max(1) => (
+                Code::TooBig,
+                format!("were longer than the MTU of {name} took; it is {} now", mtu(name)),
+                "nothing is to be done".to_owned(),
+            ),
             "too_big" => (
                 Code::TooBig,
                 format!("are longer than the MTU of {name} ({}) takes", mtu(name)),
                 format!("sudo ip link set {name} mtu {}", mtu(&flow.rule.input.interface)),
             ),
-            "queue_full" => (
-                Code::EgressFull,
-                format!("were refused by the queueing discipline of {name}"),
-                format!(
-                    "sudo tc qdisc replace dev {name} root pfifo limit 10000, or a wider shaping: tc -s qdisc show dev {name}"
-                ),
-            ),
+            "queue_full" => {
+                let (why, next) = refused(seen, output);
+                (Code::EgressFull, why, next)
+            }
             "send_buffer_full" => (
                 Code::EgressFull,
                 format!("found the send buffer full: {name} is slower than the stream"),

@@ -114,6 +114,9 @@ pub struct Finding {
     /// The command that mends it, or what is to be done where no command of this host can. What only the operator knows
     /// stands in capitals.
     pub next: String,
+    /// `next` can be typed as it is.
+    #[serde(default)]
+    pub run: bool,
 }
 
 impl Finding {
@@ -129,6 +132,7 @@ impl Finding {
             subject: subject.into(),
             what: what.into(),
             next: next.into(),
+            run: false,
         }
     }
 

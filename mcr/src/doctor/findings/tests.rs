@@ -38,6 +38,7 @@ fn device(kind: &str) -> Device {
         link,
         admin_up: true,
         carrier: true,
+        xdp_name: None,
         generic_xdp: false,
         native_xdp: Some(true),
         most_rx_queues: Some(8),
@@ -439,6 +440,90 @@ fn what_a_firewall_is_told() {
     assert!(next_of.starts_with("sudo iptables-legacy -I OUTPUT -o out0 -d 239.2.2.2 "), "{next_of}");
     let next_of = next(filtered(Hook::default()), "problem filtered");
     assert!(next_of.contains("nft list ruleset"), "{next_of}");
+}
+
+#[test]
+fn what_a_device_refuses_is_its_hooks_before_its_queues() {
+    let refused = |hook: Option<Hook>| {
+        move |seen: &mut Observations| {
+            seen.hooks.extend(hook.map(|hook| (name("out0"), hook)));
+            told(seen).after.rules[0].outputs[0].dropped = [("queue_full".to_owned(), 3)].into();
+        }
+    };
+    let hook = |why: &str, chains: &[&str]| {
+        Some(Hook {
+            why: Some(why.to_owned()),
+            chains: chains.iter().map(|chain| (*chain).to_owned()).collect(),
+        })
+    };
+    for (hook, expected) in [
+        (None, "sudo tc qdisc replace dev out0 root pfifo limit 10000"),
+        (hook("out0 is shaped by tbf", &[]), "sudo tc qdisc replace dev out0 root pfifo limit 10000"),
+        (
+            hook("nftables has rules", &["ip a b", "netdev c d"]),
+            "sudo nft insert rule netdev c d ip daddr 239.2.2.2 udp dport 6000 accept",
+        ),
+        // What it forbids is `filtered`.
+        (hook("nftables has rules", &["ip a b"]), "sudo tc qdisc replace dev out0 root pfifo limit 10000"),
+        (hook("out0 has a tc egress filter", &[]), "tc -s filter show dev out0 egress"),
+        (hook("out0 has an eBPF program on egress (tcx)", &[]), "sudo bpftool net show dev out0"),
+    ] {
+        assert_eq!(next(refused(hook), "problem egress_full"), expected);
+    }
+}
+
+#[test]
+fn what_was_too_big_for_an_mtu_that_is_right_again() {
+    let lost = |before: u64, mtu: u32| {
+        move |seen: &mut Observations| {
+            seen.devices.get_mut(&name("out0")).unwrap().link.mtu = mtu;
+            let dropped = |count: u64| [("too_big".to_owned(), count)].into();
+            told(seen).before.rules[0].outputs[0].dropped = dropped(before);
+            told(seen).after.rules[0].outputs[0].dropped = dropped(9);
+        }
+    };
+    assert_eq!(next(lost(5, 1000), "problem too_big"), "sudo ip link set out0 mtu 1500");
+    assert_eq!(next(lost(9, 1000), "note too_big"), "sudo ip link set out0 mtu 1500");
+    assert_eq!(next(lost(9, 1500), "note too_big"), "nothing is to be done");
+}
+
+#[test]
+fn who_has_the_slot_for_xdp() {
+    for (program, expected) in [
+        (None, "program 77 of somebody else has its XDP slot, "),
+        (Some("xdp_firewall"), "program 77 (xdp_firewall) of somebody else has its XDP slot, "),
+        (Some("mcr_steer"), "another mcr has its XDP slot (program 77, mcr_steer): "),
+    ] {
+        let mut seen = healthy();
+        ingress(&mut seen).xdp_name = program.map(str::to_owned);
+        let info = &mut told(&mut seen).rules[0].info;
+        info.datapath = Some("af-packet".to_owned());
+        info.datapath_why = "another XDP program has in0".to_owned();
+        let findings = decide(&seen).findings;
+        assert_eq!((findings.len(), findings[0].code), (1, Code::XdpSlotTaken), "{findings:#?}");
+        assert!(findings[0].what.starts_with(expected), "{findings:#?}");
+        assert_eq!(findings[0].next, "sudo bpftool net show dev in0");
+    }
+}
+
+#[test]
+fn idle_rules_of_an_interface_are_one_finding_when_they_are_many() {
+    let idle = |rules: usize| {
+        move |seen: &mut Observations| {
+            told(seen).after = stats(100, &Value::Null);
+            seen.look.queriers = [(name("in0"), Ipv4Addr::new(10, 0, 0, 254))].into();
+            told(seen).rules = (1..=rules)
+                .map(|n| rule(&format!("cam{n}"), "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"]))
+                .collect();
+        }
+    };
+    check(idle(3), &["problem nothing_arrives"; 3]);
+    let mut seen = healthy();
+    idle(300)(&mut seen);
+    let findings = decide(&seen).findings;
+    assert_eq!((findings.len(), findings[0].subject.as_str()), (1, "interface in0"), "{findings:#?}");
+    let words = "nothing arrives for 300 of its rules (cam1, cam2, cam3 and 297 more), and for 300 of them nothing ever came";
+    assert!(findings[0].what.starts_with(words), "{findings:#?}");
 }
 
 #[test]
