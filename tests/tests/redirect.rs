@@ -110,7 +110,9 @@ fn what_the_kernel_cannot_do_by_itself_is_refused_by_name() {
 fn a_move_that_is_refused_costs_the_stream_nothing() {
     let site = site();
     let relay = Relay::start(&site);
-    ["out0", "out1"].map(|sink| gro(&site, sink, "off"));
+    for sink in ["out0", "out1"] {
+        gro(&site, sink, "off");
+    }
     relay.add_with("cam1", "239.1.1.1:5000@in0", &["239.2.2.2:6000@out0"], &["--datapath", "af-xdp"]);
     site.segments[0].wait_until_joined(*GROUP.ip());
     let mut sink = site.capture(0);

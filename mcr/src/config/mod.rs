@@ -86,15 +86,6 @@ pub fn gather(file: &Path) -> Result<Vec<Source>, Unreadable> {
     Ok(sources)
 }
 
-/// The first mistake, and how many more there are.
-pub fn in_one_line(mistakes: &[Mistake]) -> String {
-    let Some(first) = mistakes.first() else { return String::new() };
-    match mistakes.len() - 1 {
-        0 => first.to_string(),
-        more => format!("{first}; and {more} more: see `mcr config check FILE`"),
-    }
-}
-
 /// Reads a fragment, if there is one.
 pub fn fragment_there(file: &Path) -> Result<Option<Source>, Unreadable> {
     match source(file, true) {
