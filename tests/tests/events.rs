@@ -236,10 +236,10 @@ fn what_becomes_of_a_configuration_is_told() {
 /// `mcr events`, which listens when this returns.
 #[track_caller]
 fn events(relay: &Relay) -> Process {
-    let before = relay.log().matches("EventsSubscribe").count();
+    let before = relay.log().matches("asked=events.subscribe").count();
     let process = Process::spawn(&mut relay.call(&["events"]));
     wait_until("mcr events has subscribed", PATIENCE, || {
-        relay.log().matches("EventsSubscribe").count() > before
+        relay.log().matches("asked=events.subscribe").count() > before
     });
     process
 }
