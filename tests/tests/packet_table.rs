@@ -421,16 +421,7 @@ impl Program {
         }
         let rules: PerCpuArray<_, RuleCounters> =
             self.ebpf.map(map::RULES).expect("the rules' map").try_into().expect("a per-CPU array");
-        let sum = |a: RuleCounters, b: &RuleCounters| RuleCounters {
-            matched: a.matched + b.matched,
-            matched_bytes: a.matched_bytes + b.matched_bytes,
-            no_worker: a.no_worker + b.no_worker,
-            looped: a.looped + b.looped,
-            redirected: a.redirected + b.redirected,
-            no_output: a.no_output + b.no_output,
-            not_redirected: a.not_redirected + b.not_redirected,
-            redirect_bytes: a.redirect_bytes + b.redirect_bytes,
-        };
+        let sum = |a: RuleCounters, b: &RuleCounters| a.plus(*b);
         let rules = (0..SLOTS)
             .map(|slot| rules.get(&slot, 0).expect("a rule").iter().fold(RuleCounters::default(), sum))
             .collect();
