@@ -189,6 +189,16 @@ impl<'a> Relay<'a> {
         Process::spawn(&mut self.call(args)).answer(CALL)
     }
 
+    /// `mcr events`, which listens when this returns.
+    #[track_caller]
+    pub fn events(&self) -> Process {
+        let subscriptions = || self.log().matches("asked=events.subscribe").count();
+        let before = subscriptions();
+        let process = Process::spawn(&mut self.call(&["events"]));
+        wait_until("mcr events has subscribed", PATIENCE, || subscriptions() > before);
+        process
+    }
+
     /// The daemon without its command line: for what is asked some hundred times.
     #[track_caller]
     pub fn client(&self) -> Client {

@@ -25,7 +25,7 @@ use nix::{
     unistd::Pid,
 };
 use tests::{
-    Process, RawSender, Relay, Site, Source,
+    RawSender, Relay, Site, Source,
     relay::{interface_balances, lost, outputs_balance, unaccounted},
     site::{ETH, Plan},
     source::Stream,
@@ -178,8 +178,7 @@ fn a_gap_at_rest_is_an_alarm_until_it_is_gone() {
     let ledger = ledger(&relay);
     let output = ledger.output(OutputSlot(0));
     assert_eq!((output.received.get(), output.sent.get()), (1_000, 1_000));
-    let mut events = Process::spawn(&mut relay.call(&["events"]));
-    wait_until("mcr events has subscribed", PATIENCE, || relay.log().contains("EventsSubscribe"));
+    let mut events = relay.events();
 
     output.received.add(5);
     let [alarm] = &alarms(&relay, 1)[..] else { unreachable!() };

@@ -20,7 +20,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::{Value, json};
-use tests::{Process, Relay, Site, Source, relay::CALL, source::Stream, wait::PATIENCE, wait_until};
+use tests::{Relay, Site, Source, relay::CALL, source::Stream, wait::PATIENCE, wait_until};
 
 const IN: &str = "239.1.1.1:5000@in0";
 const OUT: &str = "239.2.2.2:6000@out0";
@@ -233,22 +233,11 @@ fn what_becomes_of_a_configuration_is_told() {
     assert!(refused["reason"].as_str().expect("words").contains("mcr.toml"), "{refused}");
 }
 
-/// `mcr events`, which listens when this returns.
-#[track_caller]
-fn events(relay: &Relay) -> Process {
-    let before = relay.log().matches("asked=events.subscribe").count();
-    let process = Process::spawn(&mut relay.call(&["events"]));
-    wait_until("mcr events has subscribed", PATIENCE, || {
-        relay.log().matches("asked=events.subscribe").count() > before
-    });
-    process
-}
-
 #[test]
 fn mcr_events_prints_a_line_each_and_ends_with_the_daemon() {
     let site = Site::default();
     let mut relay = Relay::start(&site);
-    let listening = events(&relay);
+    let listening = relay.events();
     relay.add("cam1", IN, &[OUT]);
     let pid = relay.pid();
     relay.cli(&["stop"]).ok();
@@ -272,7 +261,7 @@ fn mcr_events_prints_a_line_each_and_ends_with_the_daemon() {
 fn mcr_events_says_that_a_daemon_was_killed() {
     let site = Site::default();
     let mut relay = Relay::start(&site);
-    let listening = events(&relay);
+    let listening = relay.events();
     relay.signal(Signal::SIGKILL);
     relay.wait(PATIENCE);
     let answer = listening.answer(CALL);
@@ -284,7 +273,7 @@ fn a_reader_that_stops_reading_is_dropped_and_nobody_waits_for_it() {
     const RULES: u32 = 4_000;
     let site = Site::default();
     let relay = Relay::start(&site);
-    let slow = events(&relay);
+    let slow = relay.events();
     let mut prompt = Listener::start(&relay);
     slow.signal(Signal::SIGSTOP);
     let path = site.scratch.dir().join("many.toml");
