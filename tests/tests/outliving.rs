@@ -313,8 +313,9 @@ fn a_daemon_that_dies_while_it_takes_over_leaves_all_to_the_next() {
     add(&relay, &site, "cam1", GROUP, &TO_BOTH);
     let mut captures = [site.capture(0), site.capture(1)];
     let source = play(&site, GROUP, 5_000);
+    let since = relay.rule("cam1").since;
     // Each makes all its maps anew, for more rules or fewer, and is killed at some point of that.
-    for (max_rules, after) in (10..).zip((0..200).step_by(20)) {
+    for (max_rules, after) in (10..).zip((0..160).step_by(8)) {
         kill(&mut relay);
         let args = ["--max-rules", &max_rules.to_string()];
         let mut short = Process::spawn(Relay::command(&site).args(args));
@@ -329,6 +330,9 @@ fn a_daemon_that_dies_while_it_takes_over_leaves_all_to_the_next() {
     let [first, second] = &mut captures;
     assert_sequence(&first.exactly(TO, sent as usize), 0..sent);
     assert_sequence(&second.exactly(OTHER_TO, sent as usize), 0..sent);
+    assert_eq!(relay.balanced("cam1", sent).since, since);
+    let left: Vec<_> = fs::read_dir(relay.pins("in0").parent().unwrap()).unwrap().flatten().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
 }
 
 #[test]

@@ -5,8 +5,8 @@
 //! a rule has is read from its records.
 
 use std::{
-    collections::BTreeMap,
-    fmt, io,
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
@@ -18,9 +18,10 @@ use mcr_common::{
     flow::{FlowKey4, FlowValue},
 };
 use thiserror::Error;
+use tracing::warn;
 
 use super::{
-    AttachError, MapAccessError, Object, Placement, Steering,
+    AttachError, MapAccessError, Object, Placement, Steering, clear_pins,
     redirect::{Redirect, RedirectError, RedirectOutput, RedirectTotals, Sets},
     steering::{Maps, rule_counters},
 };
@@ -32,6 +33,8 @@ use crate::{
 
 pub(super) const LINK: &str = "link";
 pub(super) const PROGRAM: &str = "program";
+/// A program that is about to take the other's place.
+pub(super) const NEXT_PROGRAM: &str = "program:next";
 /// The egress program that the outputs of redirected rules have; pinned with the first of them.
 pub(super) const REWRITE: &str = "rewrite";
 /// Array by [`mark`].
@@ -78,6 +81,71 @@ pub(super) fn received_shape(max_rules: u32) -> aya_obj::Map {
     aya_obj::Map::new_from_params(BPF_MAP_TYPE_HASH, 4, 24, entries, BPF_F_NO_PREALLOC)
 }
 
+/// What follows an interface's name where its pins are not in their place: no interface has such a name.
+pub(super) const NEXT: &str = ":next";
+const FORMER: &str = ":former";
+
+/// The directory beside that of an interface's pins.
+pub(super) fn beside(pins: &Path, suffix: &str) -> PathBuf {
+    let mut name = pins.file_name().unwrap_or_default().to_owned();
+    name.push(suffix);
+    pins.with_file_name(name)
+}
+
+/// Puts the pins of what runs now in the place of the former ones, which stay beside until [`clear_former`].
+pub(super) fn put_in_place(next: &Path, place: &Path) -> io::Result<()> {
+    let former = beside(place, FORMER);
+    clear_pins(&former);
+    match fs::rename(place, &former) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => fs::rename(next, place),
+    }
+}
+
+/// Removes the pins of what ran on an interface before, when what it counted is written down.
+pub fn clear_former(place: &Path) {
+    clear_pins(&beside(place, FORMER));
+}
+
+/// Brings to its end what a daemon did not live to end, who replaced a program: of two sets of pins stays the one whose
+/// program runs. Gives the places in which there are pins then, out of all directories of pins.
+pub fn settle(directories: &[PathBuf]) -> BTreeSet<PathBuf> {
+    let place = |pins: &PathBuf| {
+        let name = pins.to_str()?;
+        [NEXT, FORMER].iter().find_map(|suffix| name.strip_suffix(suffix)).map(PathBuf::from)
+    };
+    let places: BTreeSet<_> = directories.iter().map(|pins| place(pins).unwrap_or(pins.clone())).collect();
+    for place in &places {
+        let (next, former) = (beside(place, NEXT), beside(place, FORMER));
+        if runs(&next, PROGRAM)
+            && let Err(error) = put_in_place(&next, place)
+        {
+            warn!(%error, pins = %next.display(), "the pins of what runs cannot be put in their place");
+        }
+        clear_pins(&next);
+        if !place.exists() {
+            clear_pins(&former);
+        }
+        let next = place.join(NEXT_PROGRAM);
+        let settled = if runs(place, NEXT_PROGRAM) {
+            fs::rename(&next, place.join(PROGRAM))
+        } else {
+            fs::remove_file(&next)
+        };
+        if let Err(error) = settled
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            warn!(%error, pin = %next.display(), "a program's pin is left over");
+        }
+    }
+    places.into_iter().filter(|place| place.exists()).collect()
+}
+
+/// Whether the pinned link runs a pinned program.
+fn runs(pins: &Path, pin: &str) -> bool {
+    matches!((link_info(&pins.join(LINK)), program(pins, pin)), (Ok(link), Ok(program)) if link.program == program.id)
+}
+
 /// What goes on as if its daemon had never ended.
 pub struct Adopted {
     /// As one that was prepared and attached. No queue has a socket.
@@ -100,14 +168,32 @@ pub struct Unfit {
 /// A program of ours that runs on by what is pinned.
 pub struct Former {
     pub(super) generic: bool,
+    identity: u32,
     maps: FormerMaps,
 }
 
 impl Former {
+    /// As [`Steering::identity`].
+    pub fn identity(&self) -> u32 {
+        self.identity
+    }
+
+    /// What ran in a place before what runs there now, where nobody has written down yet what it counted.
+    pub fn in_place_of(place: &Path, max_rules: u32) -> Option<Self> {
+        let pins = beside(place, FORMER);
+        let maps = pins.exists().then(|| FormerMaps::open(&pins, max_rules))?;
+        Some(Self { generic: is_generic(&pins), identity: identity_of(&pins), maps })
+    }
+
     /// What it has counted by now; all of it, once it is succeeded and a [`barrier`](super::barrier) is over.
     pub fn counted(&mut self) -> Carried {
         self.maps.read()
     }
+}
+
+/// Tells the maps of a set of pins from all others in this boot: the id of one of them, or 0 if it cannot be read.
+pub fn identity_of(pins: &Path) -> u32 {
+    map_info(pins, map::RULES).map_or(0, |map| map.id)
 }
 
 /// The maps of a former program, as far as their layout is ours.
@@ -215,10 +301,13 @@ impl Steering {
             .and_then(|pinned| pinned.check_maps(object).map(|()| pinned))
             .and_then(|pinned| pinned.adopt(object));
         adopted.map(Some).map_err(|why| {
-            let mut maps = FormerMaps::open(placement);
+            let mut maps = FormerMaps::open(&placement.pins, placement.max_rules);
             let carried = maps.read();
-            let generic = is_generic(&placement.pins);
-            let former = Pinned::open(placement).ok().map(|_| Former { generic, maps });
+            let former = Pinned::open(placement).ok().map(|_| Former {
+                generic: is_generic(&placement.pins),
+                identity: identity_of(&placement.pins),
+                maps,
+            });
             Box::new(Unfit { why, carried, former })
         })
     }
@@ -240,8 +329,7 @@ impl<'a> Pinned<'a> {
             return Err(Misfit::Foreign { path: placement.pins.join(PROGRAM), what });
         }
         let path = placement.pins.join(LINK);
-        let link = open(&path, Kind::Link)
-            .and_then(|link| bpf_object::link(link).map_err(|error| unopened(&path, &error)))?;
+        let link = link_info(&path)?;
         if link.kind != LinkInfo::XDP || link.program != program.id {
             return Err(Misfit::Foreign { path, what: format!("it runs program {}", link.program) });
         }
@@ -338,6 +426,11 @@ fn program(pins: &Path, pin: &str) -> Result<Program, Misfit> {
     bpf_object::program(program).map_err(|error| unopened(&path, &error))
 }
 
+fn link_info(path: &Path) -> Result<LinkInfo, Misfit> {
+    let link = open(path, Kind::Link)?;
+    bpf_object::link(link).map_err(|error| unopened(path, &error))
+}
+
 fn map_info(pins: &Path, name: &str) -> Result<MapInfo, Misfit> {
     let path = pins.join(name);
     let map = open(&path, Kind::Map)?;
@@ -355,12 +448,12 @@ fn is_generic(pins: &Path) -> bool {
 }
 
 impl FormerMaps {
-    fn open(placement: &Placement<'_>) -> Self {
-        let mut maps = Maps::pinned(&placement.pins);
+    fn open(pins: &Path, max_rules: u32) -> Self {
+        let mut maps = Maps::pinned(pins);
         Self {
             flows: maps.take(map::FLOWS_V4).ok(),
             rules: maps.take(map::RULES).ok(),
-            redirect: Redirect::take(&mut maps, placement.max_rules).ok(),
+            redirect: Redirect::take(&mut maps, max_rules).ok(),
         }
     }
 

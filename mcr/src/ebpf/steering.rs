@@ -24,7 +24,7 @@ use mcr_common::{
 
 use super::{
     AttachError, MapAccessError, Object, TracingLog, access, clear_pins, errno, last_words,
-    pinned::{self, Former, LINK, MARKS, Misfit, PROGRAM, REWRITE, mark},
+    pinned::{self, Former, LINK, MARKS, Misfit, NEXT_PROGRAM, PROGRAM, REWRITE, mark},
     redirect::{Redirect, RedirectError, RedirectOutput, RedirectTotals, Sets},
     socket_filter, xdp,
 };
@@ -143,6 +143,7 @@ pub struct Steering {
     ebpf: Ebpf,
     // The link goes before its pins' directory.
     link: Option<PinnedLink>,
+    identity: u32,
     generic: bool,
     /// Whether another program runs by the pinned link, to be replaced.
     succeeds: bool,
@@ -162,8 +163,7 @@ impl Steering {
     ///
     /// Until then its pins are beside those of the former one, which stay: who is killed leaves these to the next.
     pub fn succeed(object: &Object, placement: &Placement<'_>, former: &Former) -> Result<Self, AttachError> {
-        // No interface has such a name.
-        let beside = placement.pins.with_file_name(format!("{}:next", placement.interface));
+        let beside = pinned::beside(&placement.pins, pinned::NEXT);
         clear_pins(&beside);
         let mut steering = Self::make(object, &Placement { pins: beside, ..placement.clone() })?;
         steering.generic = former.generic;
@@ -225,6 +225,7 @@ impl Steering {
             marks: maps.make(pinned::marks_shape(), MARKS)?,
             ebpf,
             link: None,
+            identity: pinned::identity_of(&placement.pins),
             generic: false,
             succeeds: false,
             keep: pinned,
@@ -285,38 +286,50 @@ impl Steering {
 
     /// Puts the XDP program in the place of the one that the pinned link has; no frame meets none.
     pub(super) fn replace(&mut self, placement: &Placement<'_>) -> Result<(), AttachError> {
-        let interface = placement.interface;
-        let (link, pin) = (self.pins.join(LINK), self.pins.join(PROGRAM));
-        let program = loaded(&mut self.ebpf, abi::PROGRAM).map_err(unloaded(interface))?;
-        let former = PinnedLink::from_pin(&link).map_err(unpinned(link.clone()))?;
-        let former = XdpLink::try_from(FdLink::from(former)).map_err(unpinned(link.clone()))?;
-        let replaced = program.attach_to_link(former).map_err(|error| explain(placement, &error))?;
-        // The pin holds it.
-        drop(program.take_link(replaced).map_err(unloaded(interface))?);
-        let _ = fs::remove_file(&pin);
-        program.pin(&pin).map_err(unpinned(pin.clone()))?;
+        let (beside, pin) = (self.pins.join(NEXT_PROGRAM), self.pins.join(PROGRAM));
+        let _ = fs::remove_file(&beside);
+        self.run_by_pinned_link(placement, &beside)?;
+        fs::rename(&beside, &pin).map_err(unpinned(pin))
+    }
+
+    /// Replaces a former program, and its pins. Whoever ends this on the way leaves the former ones or these whole, and
+    /// [`settle`](pinned::settle) knows which.
+    fn take_place(&mut self, placement: &Placement<'_>) -> Result<(), AttachError> {
+        let (place, beside) = (&placement.pins, self.pins.clone());
+        let taken = self.take_link(&place.join(LINK), placement);
+        if taken.is_err() {
+            // What cannot be succeeded goes too: nothing is to run that nobody knows of.
+            clear_pins(place);
+            self.link = None;
+            let _ = fs::remove_file(beside.join(LINK));
+        }
+        pinned::put_in_place(&beside, place).map_err(unpinned(place.clone()))?;
+        self.pins.clone_from(place);
+        taken?;
+        let link = self.pins.join(LINK);
         self.link = Some(PinnedLink::from_pin(&link).map_err(unpinned(link))?);
         Ok(())
     }
 
-    /// Replaces a former program, and its pins.
-    fn take_place(&mut self, placement: &Placement<'_>) -> Result<(), AttachError> {
-        let moved = |from: &Path, to: &Path| {
-            fs::rename(from, to)
-                .map_err(|error| AttachError::Pin { path: to.to_owned(), why: error.to_string() })
-        };
-        let former = &placement.pins;
-        let taken = moved(&former.join(LINK), &self.pins.join(LINK)).and_then(|()| self.replace(placement));
-        // What cannot be succeeded goes too: nothing is to run that nobody knows of.
-        clear_pins(former);
-        if taken.is_err() {
-            let _ = fs::remove_file(self.pins.join(LINK));
-        }
-        self.link = None;
-        moved(&self.pins, former)?;
-        self.pins.clone_from(former);
-        taken?;
+    /// Pins a former program's link here too, and has it run ours.
+    fn take_link(&mut self, former: &Path, placement: &Placement<'_>) -> Result<(), AttachError> {
+        let (link, program) = (self.pins.join(LINK), self.pins.join(PROGRAM));
+        let shared = PinnedLink::from_pin(former).map_err(unpinned(former.to_owned()))?;
+        FdLink::from(shared).pin(&link).map_err(unpinned(link))?;
+        self.run_by_pinned_link(placement, &program)
+    }
+
+    /// Pins the XDP program, then has the pinned link run it.
+    fn run_by_pinned_link(&mut self, placement: &Placement<'_>, pin: &Path) -> Result<(), AttachError> {
         let link = self.pins.join(LINK);
+        let unloaded = unloaded(placement.interface);
+        let program = loaded(&mut self.ebpf, abi::PROGRAM).map_err(&unloaded)?;
+        program.pin(pin).map_err(unpinned(pin.to_owned()))?;
+        let former = PinnedLink::from_pin(&link).map_err(unpinned(link.clone()))?;
+        let former = XdpLink::try_from(FdLink::from(former)).map_err(unpinned(link.clone()))?;
+        let replaced = program.attach_to_link(former).map_err(|error| explain(placement, &error))?;
+        // The pin holds it.
+        drop(program.take_link(replaced).map_err(&unloaded)?);
         self.link = Some(PinnedLink::from_pin(&link).map_err(unpinned(link))?);
         Ok(())
     }
@@ -324,6 +337,11 @@ impl Steering {
     /// A program as this build has it.
     pub(super) fn program(&mut self, name: &str) -> Result<BorrowedFd<'_>, ProgramError> {
         Ok(loaded(&mut self.ebpf, name)?.fd()?.as_fd())
+    }
+
+    /// What no other interface's maps, and none made anew, have in this boot.
+    pub fn identity(&self) -> u32 {
+        self.identity
     }
 
     /// Whether the program runs as generic XDP.

@@ -401,11 +401,14 @@ impl Daemon {
         let by_command =
             rules.iter().filter(|entry| entry.origin == Origin::Cli).map(|entry| spec(&entry.rule));
         let parked = self.configuration.parked.iter().map(|(spec, _)| spec.clone());
+        let mut offsets = self.books.offsets(self.state.redirected(), &self.programs);
+        // Who is killed while a program is replaced leaves the former maps or the new ones.
+        offsets.extend(self.formers.values().flat_map(|former| former.offsets.iter().cloned()));
         let memory = Memory {
             source_port: self.settings.source_port.is_none().then_some(self.source_port),
             rules: by_command.chain(parked).collect(),
             confirmed: self.configuration.stray.then(|| self.configuration.confirmed.clone()),
-            offsets: self.books.offsets(self.state.redirected()),
+            offsets,
         };
         self.journal_is_old = false;
         let failure = self.journal.keep(&memory).err().map(|error| {

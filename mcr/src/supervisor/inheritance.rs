@@ -1,6 +1,10 @@
 //! What a daemon that is gone left in the kernel: gone on with where this one can, cleared away where it cannot.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use mcr_common::flow::action;
 use tokio::time::sleep;
@@ -13,7 +17,7 @@ use super::{
     run::{Daemon, follow_log, one_line},
 };
 use crate::{
-    ebpf::{self, Adopted, Carried, Steering, Unfit},
+    ebpf::{self, Adopted, Carried, Former, Steering, Unfit},
     net::links::LinkWatch,
     rule::{InterfaceName, RuleSlot},
 };
@@ -21,26 +25,54 @@ use crate::{
 /// How long the kernel may take to detach a program whose pins are gone.
 const DETACHING: Duration = Duration::from_secs(1);
 
+/// A program that runs until that of this daemon takes its place.
+pub struct Succeeded {
+    former: Former,
+    /// What it had counted when this daemon came.
+    counted: Vec<Counted>,
+    /// What of that was each rule's own.
+    pub offsets: Vec<Offsets>,
+}
+
 impl Daemon {
-    /// Takes over what was left, or clears it away; before there are rules. `offsets` are those of the daemon before.
-    pub async fn inherit(&mut self, namespace: &Namespace, links: &LinkWatch, offsets: &[Offsets]) {
+    /// Takes over what was left, or clears it away; before there are rules. `offsets` are those of the daemon before. Gives
+    /// the places of the pins, in which former ones are to be [cleared](ebpf::clear_former) when this daemon's own offsets are
+    /// written down.
+    pub async fn inherit(
+        &mut self,
+        namespace: &Namespace,
+        links: &LinkWatch,
+        mut offsets: Vec<Offsets>,
+    ) -> BTreeSet<PathBuf> {
         self.state.inherit_memberships(self.kept.held());
         let mut cleared = Vec::new();
-        for pins in namespace.leftovers() {
+        let places = ebpf::settle(&namespace.leftovers());
+        for pins in &places {
+            offsets.extend(self.continued(pins, &offsets));
             let name = pins.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
             let taken_over = match &name {
-                Some(interface) => self.take_over(interface, offsets),
+                Some(interface) => self.take_over(interface, &offsets),
                 None => Err("no interface has such a name".to_owned()),
             };
             if let Err(why) = taken_over {
                 warn!(pins = %pins.display(), "cleared what a daemon before left: {why}");
-                ebpf::clear_pins(&pins);
+                ebpf::clear_pins(pins);
                 cleared.extend(name);
             }
         }
         if !cleared.is_empty() {
             self.wait_until_detached(links, &cleared).await;
         }
+        places
+    }
+
+    /// The offsets of what runs in a place, where its daemon did not live to write them down.
+    fn continued(&self, place: &Path, offsets: &[Offsets]) -> Vec<Offsets> {
+        let Some(mut former) = Former::in_place_of(place, self.settings.max_rules) else { return Vec::new() };
+        let (_, counted) = read_carried(former.counted(), former.identity());
+        let maps = ebpf::identity_of(place);
+        let known = |counted: &Counted| offsets.iter().find_map(|known| known.continued(counted, maps));
+        counted.iter().filter_map(known).collect()
     }
 
     fn take_over(&mut self, interface: &InterfaceName, offsets: &[Offsets]) -> Result<(), String> {
@@ -74,8 +106,11 @@ impl Daemon {
                 info!(%interface, "what a daemon before left is replaced: {}", one_line(&why));
                 let steering = Steering::succeed(&self.object, &placement, &former);
                 let steering = steering.map_err(|error| one_line(&error))?;
-                let (inheritance, counted) = read_carried(carried);
-                self.formers.insert(interface.clone(), (former, counted.clone()));
+                let maps = former.identity();
+                let (inheritance, counted) = read_carried(carried, maps);
+                let offsets = offsets.iter().filter(|offsets| offsets.is_of(maps)).cloned().collect();
+                let succeeded = Succeeded { former, counted: counted.clone(), offsets };
+                self.formers.insert(interface.clone(), succeeded);
                 (steering, inheritance, counted)
             }
         };
@@ -94,14 +129,17 @@ impl Daemon {
         Ok(())
     }
 
-    /// Adds what a former program has counted since it was taken over; it has ended.
-    pub fn end_former(&mut self, interface: &InterfaceName) {
-        let Some((mut former, before)) = self.formers.remove(interface) else { return };
+    /// Adds what a former program has counted since it was taken over, if there was one; it has ended.
+    pub fn end_former(&mut self, interface: &InterfaceName) -> bool {
+        let Some(Succeeded { mut former, counted, .. }) = self.formers.remove(interface) else {
+            return false;
+        };
         if let Err(error) = ebpf::barrier() {
             debug!(%error, "what is just being counted may be missing");
         }
-        let (_, now) = read_carried(former.counted());
-        self.books.carry(&before, &now);
+        let (_, now) = read_carried(former.counted(), former.identity());
+        self.books.carry(&counted, &now);
+        true
     }
 
     /// An interface takes another program only when the former one is gone.
@@ -121,7 +159,7 @@ impl Daemon {
 }
 
 /// What another build left, as this one would have found it.
-fn read_carried(carried: Carried) -> (Inheritance, Vec<Counted>) {
+fn read_carried(carried: Carried, maps: u32) -> (Inheritance, Vec<Counted>) {
     let Carried { flows, rules, outputs, .. } = carried;
     let mut inheritance = Inheritance { flows, to_succeed: true, ..Inheritance::default() };
     let mut counted: BTreeMap<RuleSlot, Counted> = BTreeMap::new();
@@ -129,7 +167,8 @@ fn read_carried(carried: Carried) -> (Inheritance, Vec<Counted>) {
         inheritance.sets.entry(carried.rule).or_default().push(carried.output);
         let Some(rule) = rules.get(&carried.rule) else { continue };
         let counted = counted.entry(carried.rule);
-        let counted = counted.or_insert(Counted { slot: carried.rule, rule: *rule, outputs: Vec::new() });
+        let counted =
+            counted.or_insert(Counted { slot: carried.rule, maps, rule: *rule, outputs: Vec::new() });
         counted.outputs.push((carried.output.slot, carried.totals));
     }
     (inheritance, counted.into_values().collect())

@@ -26,7 +26,7 @@ use crate::{
     },
     config::Config,
     datapath::{af_packet, af_xdp, budget},
-    ebpf::{self, Former, Object, Placement, RedirectOutput, Steering},
+    ebpf::{self, Object, Placement, RedirectOutput, Steering},
     metrics::{Question, address::Listener, server::Server},
     net::{
         egress_hooks::EgressHooks,
@@ -42,11 +42,12 @@ use crate::{
     supervisor::{
         Launch,
         balance::{Balance, Subject},
-        books::{Books, Counted, Programs},
+        books::{Books, Programs},
         configuration::{Configuration, overdue},
         devices::Devices,
         event::{Effect, Event, Failure, Fanout, FrameSource, Joined, Targets, WorkerId, WorkerSpec},
         host::{self, Namespace},
+        inheritance::Succeeded,
         journal::Journal,
         log::LogControl,
         service::Service,
@@ -127,7 +128,7 @@ pub struct Daemon {
     /// Why these would not, if they would not.
     holder_failure: Option<String>,
     /// Programs that ours are to succeed, with what they had counted when they were taken over.
-    pub formers: BTreeMap<InterfaceName, (Former, Vec<Counted>)>,
+    pub formers: BTreeMap<InterfaceName, Succeeded>,
     pins: PathBuf,
     events: mpsc::UnboundedSender<Event>,
     ends: mpsc::UnboundedSender<End>,
@@ -229,11 +230,14 @@ pub async fn run(
     // Nothing that was left is touched unless this daemon can start.
     RuleSet::new(daemon.settings.max_rules).reload(config.rules.clone())?;
     daemon.state.apply(Event::Links(first));
-    daemon.inherit(&namespace, &links, &memory.offsets).await;
+    let places = daemon.inherit(&namespace, &links, memory.offsets).await;
     daemon.load_first(config, memory.confirmed)?;
     daemon.recall(memory.rules);
     daemon.books.end_inheritance();
     daemon.remember();
+    for place in &places {
+        ebpf::clear_former(place);
+    }
     info!(
         version = env!("CARGO_PKG_VERSION"),
         control = %daemon.settings.control.display(),
@@ -898,12 +902,18 @@ impl Daemon {
 
     fn attach(&mut self, interface: &InterfaceName) -> Result<(), String> {
         let placement = self.placement(interface)?;
+        if self.formers.contains_key(interface) {
+            self.remember();
+        }
         let program = self.programs.get_mut(interface).ok_or_else(|| format!("{interface} has no maps"))?;
         program.attach(&placement, self.settings.generic_xdp).map_err(|error| one_line(&error))?;
         let mode = if program.is_generic() { "generic XDP attached" } else { "native XDP attached" };
         info!(%interface, kind = placement.kind, "{mode}");
         follow_log(interface, program);
-        self.end_former(interface);
+        if self.end_former(interface) {
+            self.remember();
+            ebpf::clear_former(&placement.pins);
+        }
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use mcr_common::counters::RuleCounters;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Books,
+    Books, Programs,
     redirected::{OfOutput, offered},
     steered_of, verdicts_of,
 };
@@ -29,6 +29,9 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub struct Offsets {
     slot: u32,
+    /// Which interface's maps it is that show the rest; 0 where that was not written down.
+    #[serde(default)]
+    maps: u32,
     /// When the rule got the slot, in milliseconds since 1970.
     #[serde(default)]
     since_ms: u64,
@@ -40,6 +43,8 @@ pub struct Offsets {
 #[derive(Clone, Debug)]
 pub struct Counted {
     pub slot: RuleSlot,
+    /// [Identity](Steering::identity) of the maps that showed it.
+    pub maps: u32,
     pub rule: RuleCounters,
     pub outputs: Vec<(OutputSlot, RedirectTotals)>,
 }
@@ -80,7 +85,30 @@ impl Counted {
         let rule = steering.rule(slot).ok()?;
         let skipped: u64 = outputs.iter().map(|(_, totals)| totals.skipped()).sum();
         let came = offered(&rule) - offered(&before);
-        Some((came + skipped + steered_of(&rule), Self { slot, rule, outputs }))
+        Some((came + skipped + steered_of(&rule), Self { slot, maps: steering.identity(), rule, outputs }))
+    }
+}
+
+impl Offsets {
+    /// Whether they are of maps with this [identity](Steering::identity).
+    pub fn is_of(&self, maps: u32) -> bool {
+        self.maps == maps
+    }
+
+    /// Those for maps that began with nothing when these offsets' own had counted this, and no more.
+    pub fn continued(&self, counted: &Counted, maps: u32) -> Option<Self> {
+        if (self.slot, self.maps) != (counted.slot.0, counted.maps) {
+            return None;
+        }
+        let rule = RuleCounters::from_words(self.rule).plus(counted.rule).to_words();
+        let output = |(slot, words): &(u32, [u64; 6])| {
+            let its = counted.outputs.iter().find(|(counted, _)| counted.0 == *slot);
+            let totals = its.map(|(_, totals)| *totals).unwrap_or_default();
+            let counted = OfOutput { offered: offered(&counted.rule), totals };
+            (*slot, OfOutput::from_words(*words).plus(counted).to_words())
+        };
+        let outputs = self.outputs.iter().map(output).collect();
+        Some(Self { slot: self.slot, maps, since_ms: self.since_ms, rule, outputs })
     }
 }
 
@@ -89,9 +117,9 @@ impl Books {
     /// others are gone, and what they showed last stands for them.
     pub fn inherit(&mut self, counted: &[Counted], offsets: &[Offsets], ours: bool) {
         let offsets: HashMap<_, _> =
-            offsets.iter().map(|offsets| (RuleSlot(offsets.slot), offsets)).collect();
-        for Counted { slot, rule, outputs } in counted {
-            let known = offsets.get(slot);
+            offsets.iter().map(|offsets| ((RuleSlot(offsets.slot), offsets.maps), offsets)).collect();
+        for Counted { slot, maps, rule, outputs } in counted {
+            let known = offsets.get(&(*slot, *maps)).or_else(|| offsets.get(&(*slot, 0)));
             let anew = RuleCounters::default().minus(*rule);
             let mut offset = known.map_or(anew, |known| RuleCounters::from_words(known.rule));
             let shown = offset.plus(*rule);
@@ -124,7 +152,7 @@ impl Books {
 
     /// Adds what rules were counted between two looks, in maps that are not ours.
     pub fn carry(&mut self, before: &[Counted], now: &[Counted]) {
-        for Counted { slot, rule, outputs } in now {
+        for Counted { slot, rule, outputs, .. } in now {
             let Some(known) = before.iter().find(|known| known.slot == *slot) else { continue };
             let gained = rule.minus(known.rule);
             let former = self.former_rules.entry(*slot).or_default();
@@ -161,7 +189,11 @@ impl Books {
     }
 
     /// The offsets of rules that the kernel sends on.
-    pub fn offsets<'a>(&self, redirected: impl Iterator<Item = &'a Entry>) -> Vec<Offsets> {
+    pub fn offsets<'a>(
+        &self,
+        redirected: impl Iterator<Item = &'a Entry>,
+        programs: &Programs,
+    ) -> Vec<Offsets> {
         let of = |entry: &Entry| {
             let tenant = self.tenants.get(&entry.slot)?;
             let former = self.former_rules.get(&entry.slot).copied().unwrap_or_default();
@@ -172,6 +204,7 @@ impl Books {
             let rule = former.minus(tenant.kernel_base).to_words();
             Some(Offsets {
                 slot: entry.slot.0,
+                maps: programs.get(&entry.rule.input.interface).map_or(0, Steering::identity),
                 since_ms: tenant.since.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
                 rule,
                 outputs: entry.output_slots.iter().map(output).collect(),
