@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use mcr::api::wire::{Health, OutputStats, RuleInfo, RuleShow, RuleStats};
+use mcr::api::wire::{Health, OutputStats, RuleInfo, RuleShow, RuleStats, count};
 use nix::sys::socket::{setsockopt, sockopt};
 use tests::{
     Capture, Captured, Ground, RawSender, Relay, Site, Source, Udp,
@@ -21,6 +21,7 @@ use tests::{
     frame::multicast_mac,
     site::{ETH, Plan, take_redirected},
     source::Stream,
+    traffic::Generator,
     wait::PATIENCE,
     wait_for, wait_until,
 };
@@ -95,7 +96,8 @@ fn outputs_in_every_order_get_every_datagram_with_headers_of_their_own() {
     const MADE: u64 = 60;
     const ALL: u64 = PLAYED + 2 * MADE;
     let site = site();
-    let relay = Relay::start_with(&site, &["--source-port", "40404"]);
+    // `auto` would leave ten outputs of one device to workers.
+    let relay = Relay::start_with(&site, &["--source-port", "40404", "--datapath", "redirect"]);
     let macs: Vec<_> = site.sinks.iter().map(|sink| mac(&site.relay, &sink.interface)).collect();
     for (row, order) in [
         &[0][..],
@@ -436,6 +438,63 @@ fn a_rule_goes_by_workers_while_a_device_takes_no_redirected_frames() {
     world.moves_to("without the program", "af-xdp", objection);
     // The kernel says nothing until it is asked.
     world.finish([&["skipped"], &["skipped"], &[]]);
+}
+
+/// Datagrams that come in bursts, which by ten outputs do not fit the device's queue.
+#[test]
+fn auto_leaves_what_a_burst_would_overflow_to_workers_and_loses_nothing() {
+    const COUNT: u64 = 600;
+    let site = site();
+    let relay = Relay::start(&site);
+    let outputs: Vec<_> = (0..10).map(|n| format!("239.2.2.{n}:6000@out0")).collect();
+    let outputs: Vec<_> = outputs.iter().map(String::as_str).collect();
+    site.source().output("ethtool", &["-K", ETH, "tx-udp-segmentation", "off"]);
+    let play = || {
+        let args = ["--rate", "400000", "--size", "700", "--gso", "--count", &COUNT.to_string()];
+        let sent = Generator::start(site.source(), "239.1.1.1:5000@eth0", &args).finish();
+        assert_eq!(sent.count(), COUNT);
+        relay.balanced("cam1", COUNT);
+    };
+    let lost_in_device = || {
+        let devices = relay.stats().devices;
+        let device = devices.iter().find(|device| device.name == "out0");
+        device.and_then(|device| device.link.get("tx_dropped").copied()).unwrap_or(0)
+    };
+
+    relay.add("cam1", "239.1.1.1:5000@in0", &outputs[..4]);
+    assert_eq!(relay.show("cam1").datapath.as_deref(), Some("redirect"));
+    relay.remove("cam1");
+    let rule = relay.add_with("cam1", "239.1.1.1:5000@in0", &outputs, &["--datapath", "auto"]);
+    assert_eq!(rule.datapath.as_deref(), Some("af-xdp"));
+    let why = "a burst of 64 datagrams would be 640 frames by its 10 outputs on out0, whose queue takes 256";
+    assert!(rule.datapath_why.contains(why), "{rule:?}");
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let mut capture = site.capture(0);
+    play();
+    for output in &outputs {
+        capture.exactly(destination(output), COUNT as usize);
+    }
+    assert_eq!(lost_in_device(), 0);
+    relay.remove("cam1");
+
+    // By name it is taken, and what that costs is said.
+    relay.add_with("cam1", "239.1.1.1:5000@in0", &outputs, &["--datapath", "redirect"]);
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    let mut capture = site.capture(0);
+    play();
+    wait_until("what the device took has arrived", PATIENCE, || {
+        capture.all().len() as u64 + lost_in_device() == 10 * COUNT
+    });
+    assert!(lost_in_device() > 0);
+    let status = relay.cli(&["status"]).stdout;
+    assert!(status.contains(&format!("{} that out0 was given to send", count(lost_in_device()))), "{status}");
+    let diagnosis = relay.cli(&["doctor", "out0"]).stdout;
+    assert!(diagnosis.contains(" set cam1 --datapath af-xdp"), "{diagnosis}");
+    let stats = relay.rule("cam1");
+    assert!(
+        stats.outputs.iter().all(|output| output.sent == COUNT && output.dropped.is_empty()),
+        "{stats:?}"
+    );
 }
 
 /// A veth does not hear that its other end loses GRO while that is down: it is given frames that it then refuses.

@@ -444,6 +444,9 @@ pub struct Status {
     pub sent_bps: f64,
     /// All drops of all rules and interfaces, by reason.
     pub dropped: BTreeMap<String, u64>,
+    /// Frames that were sent, and that devices then lost, by interface; none of those that lost none.
+    #[serde(default)]
+    pub device_lost: BTreeMap<String, u64>,
     /// What is wrong, worst first.
     pub problems: Vec<Problem>,
     #[serde(default)]

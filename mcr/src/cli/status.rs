@@ -39,8 +39,11 @@ fn render(status: &Status) -> String {
         format!("received   {}", rate(status.received_pps)),
         format!("sent       {}, {}", rate(status.sent_pps), si(status.sent_bps, "b/s")),
         format!("dropped    {}", dropped(&status.dropped)),
-        String::new(),
     ];
+    for (device, lost) in &status.device_lost {
+        lines.push(format!("lost       {} that {device} was given to send: mcr stats", count(*lost)));
+    }
+    lines.push(String::new());
     for problem in status.problems.iter().take(SHOWN) {
         lines.push(format!("! {}", problem.what));
         lines.push(format!("  next: {}", problem.next));
@@ -116,6 +119,7 @@ mod tests {
             sent_pps: 0.0,
             sent_bps: 0.0,
             dropped: [].into(),
+            device_lost: [].into(),
             problems: Vec::new(),
             alarms: Vec::new(),
         }
@@ -152,6 +156,7 @@ next: mcr rule add --in GROUP:PORT@INTERFACE --out GROUP:PORT@INTERFACE
             sent_pps: 24_690.0,
             sent_bps: 259_012_345.0,
             dropped: [("queue_full".to_owned(), 2), ("loop".to_owned(), 1003)].into(),
+            device_lost: [("eth2".to_owned(), 2345)].into(),
             problems: vec![problem],
             ..status()
         };
@@ -164,6 +169,7 @@ workers    2 of 3 running, 1 restart
 received   12.3 k/s
 sent       24.7 k/s, 259.0 Mb/s
 dropped    1,005: 1,003 loop, 2 queue_full
+lost       2,345 that eth2 was given to send: mcr stats
 
 ! rule cam2: eth1 is down
   next: ip link set eth1 up

@@ -10,6 +10,12 @@ use crate::rule::{Dscp, From, Output, Ttl};
 pub const HOST_SEES: &str = "the host's own sockets, firewall and tcpdump see the rule's datagrams neither on \
                              ingress nor on egress, and no queueing discipline shapes them";
 
+/// Frames that the kernel takes from a device at one go before it turns to the next: `NAPI_POLL_WEIGHT`.
+pub const BURST: u32 = 64;
+
+/// Frames that wait for a device that does not say how many can: those of a veth, `VETH_RING_SIZE`.
+pub const UNTOLD_QUEUE: u32 = 256;
+
 /// What an output's interface and the next hop there give to its datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Egress {

@@ -165,6 +165,16 @@ impl Daemon {
         self.devices.iter().map(stats).collect()
     }
 
+    /// What egress interfaces did not send of what they were given.
+    fn devices_that_lost(&self) -> BTreeMap<String, u64> {
+        let devices = self.device_list(|lost| lost > 0).into_iter();
+        let lost = devices.map(|device| {
+            let sent = device.link.iter().filter(|(counter, _)| counter.starts_with("tx_"));
+            (device.name, sent.map(|(_, count)| *count).sum())
+        });
+        lost.filter(|(_, lost)| *lost > 0).collect()
+    }
+
     /// Interfaces that are or were served, by datapath.
     fn interface_list(&self) -> Vec<InterfaceStats> {
         let both = [Datapath::AfXdp, Datapath::AfPacket];
@@ -322,6 +332,7 @@ impl Daemon {
             sent_pps: slots().map(|slot| self.books.output_rates.get(slot)).sum(),
             sent_bps: slots().map(|slot| 8.0 * self.books.output_byte_rates.get(slot)).sum(),
             dropped: self.all_drops(stats),
+            device_lost: self.devices_that_lost(),
             problems,
             alarms,
         }

@@ -90,6 +90,8 @@ pub struct Targets {
     pub refusals: BTreeMap<InterfaceName, Option<String>>,
     /// Of each interface that was asked: the firewall or the shaping that is in place there, if any is.
     pub hooks: BTreeMap<InterfaceName, Option<String>>,
+    /// Frames that wait for each interface that was asked at most, if it says so.
+    pub queues: BTreeMap<InterfaceName, u32>,
 }
 
 /// What happens beside the operator's commands.

@@ -408,7 +408,7 @@ impl Daemon {
                 }
                 () = stop.notified() => break,
                 Some(call) = called.recv() => {
-                    if matches!(call.request, Request::Stats(_)) {
+                    if matches!(call.request, Request::Stats(_) | Request::Status) {
                         self.read_devices().await;
                     }
                     self.answer(call).await;
@@ -873,7 +873,8 @@ impl Daemon {
         };
         let refusals = there.iter().map(refusal).collect();
         let hooks = self.hooks.as_ref().map(|hooks| hooks.read(&there)).unwrap_or_default();
-        Targets { refusals, hooks }
+        let queues = there.into_iter().filter_map(|(name, _)| Some((name.clone(), ethtool::tx_ring(&name)?)));
+        Targets { refusals, hooks, queues: queues.collect() }
     }
 
     pub fn placement<'a>(&self, interface: &'a InterfaceName) -> Result<Placement<'a>, String> {

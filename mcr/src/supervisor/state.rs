@@ -419,6 +419,26 @@ impl State {
         self.redirect_objection(rule)
             .or_else(|| rule.outputs.iter().find_map(unreachable))
             .or_else(|| rule.outputs.iter().map(|output| &output.interface).find_map(hook))
+            .or_else(|| self.narrow_queue(rule))
+    }
+
+    /// Which device's queue is too short for what the kernel would put into it at one go: what does not fit is lost, where
+    /// workers wait for their turn.
+    fn narrow_queue(&self, rule: &Rule) -> Option<String> {
+        rule.outputs.iter().find_map(|output| {
+            let interface = &output.interface;
+            let outputs = rule.outputs.iter().filter(|output| output.interface == *interface).count() as u32;
+            let queue = self.targets.queues.get(interface).copied().unwrap_or(datapath::redirect::UNTOLD_QUEUE);
+            let frames = outputs * datapath::redirect::BURST;
+            let there = self.links.contains_key(interface);
+            (there && frames > queue).then(|| {
+                format!(
+                    "a burst of {} datagrams would be {frames} frames by its {outputs} outputs on {interface}, whose queue takes \
+                     {queue} (--datapath redirect risks it)",
+                    datapath::redirect::BURST
+                )
+            })
+        })
     }
 
     /// Why the kernel cannot send a rule's datagrams on by itself, if it cannot. An output that waits for its

@@ -617,7 +617,7 @@ impl Supervisor {
     /// Every interface takes redirected frames, and nothing is in place there.
     fn open_targets(&mut self) -> Vec<String> {
         let all = || (0..4).map(|n| (link(n).0, None)).collect();
-        self.take(Event::Targets(Targets { refusals: all(), hooks: all() }))
+        self.take(Event::Targets(Targets { refusals: all(), hooks: all(), ..Targets::default() }))
     }
 
     /// The hosts of all outputs are found there.
@@ -1605,7 +1605,7 @@ fn without_ebpf_a_worker_lets_go_of_its_rules_before_it_goes_with_its_interface(
 fn a_rule_that_the_kernel_serves_stays_there_while_an_output_is_gone() {
     let open = |names: &[&str]| {
         let answers: BTreeMap<_, _> = names.iter().map(|name| (interface(name), None)).collect();
-        Event::Targets(Targets { refusals: answers.clone(), hooks: answers })
+        Event::Targets(Targets { refusals: answers.clone(), hooks: answers, ..Targets::default() })
     };
     let mut supervisor = Supervisor::new();
     supervisor.links(links(0..3));
@@ -1626,6 +1626,36 @@ fn a_rule_that_the_kernel_serves_stays_there_while_an_output_is_gone() {
     check(&mut supervisor, Datapath::AfXdp);
     supervisor.take(open(&["eth1", "eth2"]));
     check(&mut supervisor, Datapath::Redirect);
+}
+
+#[test]
+fn auto_redirects_no_more_outputs_than_a_burst_of_them_fits_the_devices_queue() {
+    let mut supervisor = Supervisor::new();
+    supervisor.links(links(0..3));
+    let open = BTreeMap::from(["eth1", "eth2"].map(|name| (interface(name), None)));
+    let mut targets = Targets { refusals: open.clone(), hooks: open, queues: BTreeMap::new() };
+    supervisor.take(Event::Targets(targets.clone()));
+    let to = |eth1: usize, eth2: usize| -> Vec<String> {
+        let output = |(n, name): (usize, &str)| format!("239.2.2.{n}:6000@{name}");
+        let names = [vec!["eth1"; eth1], vec!["eth2"; eth2]].concat();
+        (1..).zip(names).map(output).collect()
+    };
+    let auto = |supervisor: &Supervisor, outputs: Vec<String>, datapath: &str| {
+        let outputs: Vec<_> = outputs.iter().map(String::as_str).collect();
+        let rule =
+            Rule { datapath: datapath.parse().unwrap(), ..rule("cam", "239.1.1.1:5000@eth0", &outputs) };
+        supervisor.state.datapath_of(&rule)
+    };
+    assert_eq!(auto(&supervisor, to(4, 4), "auto"), Datapath::Redirect);
+    assert_eq!(auto(&supervisor, to(4, 5), "auto"), Datapath::AfXdp);
+    assert_eq!(auto(&supervisor, to(4, 5), "redirect"), Datapath::Redirect);
+    targets.queues = BTreeMap::from([(interface("eth2"), 512)]);
+    supervisor.take(Event::Targets(targets));
+    assert_eq!(auto(&supervisor, to(4, 8), "auto"), Datapath::Redirect);
+    assert_eq!(auto(&supervisor, to(4, 9), "auto"), Datapath::AfXdp);
+    // What is gone is no reason to move.
+    supervisor.links(links(0..2));
+    assert_eq!(auto(&supervisor, to(4, 9), "auto"), Datapath::Redirect);
 }
 
 #[test]
@@ -2098,7 +2128,7 @@ impl Supervisor {
                         (of(n, (!takes).then_some("takes none")), of(n, (!free).then_some("has a firewall")))
                     })
                     .unzip();
-                self.state.apply(Event::Targets(Targets { refusals, hooks }));
+                self.state.apply(Event::Targets(Targets { refusals, hooks, ..Targets::default() }));
             }
             Step::Hops(kinds) => {
                 let hop = |(host, kind)| match kind {
@@ -2168,7 +2198,11 @@ fn redirecting() -> Supervisor {
     let mut supervisor = Supervisor::new();
     supervisor.links(links(0..4));
     let free = |n: u8| (link(n).0, None);
-    let targets = Targets { refusals: (0..4).map(free).collect(), hooks: (0..4).map(free).collect() };
+    let targets = Targets {
+        refusals: (0..4).map(free).collect(),
+        hooks: (0..4).map(free).collect(),
+        ..Targets::default()
+    };
     supervisor.state.apply(Event::Targets(targets));
     supervisor.add(cam());
     supervisor

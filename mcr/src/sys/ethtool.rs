@@ -55,7 +55,8 @@ struct Rings {
     cmd: u32,
     max: [u32; 4],
     rx: u32,
-    others: [u32; 3],
+    others: [u32; 2],
+    tx: u32,
 }
 
 /// `struct ethtool_value` of `linux/ethtool.h`.
@@ -83,8 +84,17 @@ pub fn offloads(interface: &InterfaceName) -> Option<Offloads> {
 
 /// Places of the device's RX rings, and the most that it can have; `None` if the driver does not say.
 pub fn rx_ring(interface: &InterfaceName) -> Option<(u32, u32)> {
-    let answer = call(interface, Rings { cmd: ETHTOOL_GRINGPARAM, ..Rings::default() })?;
+    let answer = rings(interface)?;
     Some((answer.rx, answer.max[0])).filter(|(_, most)| *most > 0)
+}
+
+/// Places of each of the device's TX rings; `None` if the driver does not say.
+pub fn tx_ring(interface: &InterfaceName) -> Option<u32> {
+    Some(rings(interface)?.tx).filter(|places| *places > 0)
+}
+
+fn rings(interface: &InterfaceName) -> Option<Rings> {
+    call(interface, Rings { cmd: ETHTOOL_GRINGPARAM, ..Rings::default() })
 }
 
 /// The most RX queues that an interface can have, or `None` if the driver does not say.

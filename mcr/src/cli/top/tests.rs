@@ -122,6 +122,7 @@ fn sample(start: Instant, seconds: u64) -> Sample {
             received_pps: 10_500.0,
             sent_pps: 21_000.0,
             sent_bps: 221_088_000.0,
+            device_lost: [].into(),
             dropped: BTreeMap::new(),
             problems: Vec::new(),
             alarms: Vec::new(),

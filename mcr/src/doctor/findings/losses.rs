@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{Code, Finding, Outcome, egress::admit, of_interface, of_rule};
 use crate::{
     api::wire::{DeviceStats, InterfaceStats, OutputStats, count},
-    doctor::facts::{Flow, Hook, Observations},
+    doctor::facts::{Flow, Hook, Observations, Seen},
     rule::{InterfaceName, Output},
 };
 
@@ -99,7 +99,7 @@ fn devices(seen: &Observations, outcome: &mut Outcome) {
             received(seen, &name, before, after, outcome);
         }
         if egress.contains(&name) {
-            sent(&name, before, after, outcome);
+            sent(seen, &name, before, after, outcome);
         }
     }
 }
@@ -133,7 +133,13 @@ fn received(
     }
 }
 
-fn sent(name: &InterfaceName, before: Option<&DeviceStats>, after: &DeviceStats, outcome: &mut Outcome) {
+fn sent(
+    seen: &Observations,
+    name: &InterfaceName,
+    before: Option<&DeviceStats>,
+    after: &DeviceStats,
+    outcome: &mut Outcome,
+) {
     let lost = |counter: &str, (total, now): (u64, u64), next: String| {
         let what =
             format!("{} frames were lost after the kernel had taken them ({counter})", so_many(total, now));
@@ -146,10 +152,19 @@ fn sent(name: &InterfaceName, before: Option<&DeviceStats>, after: &DeviceStats,
     for counter in ["tx_dropped", "tx_errors", "tx_fifo_errors", "tx_carrier_errors"] {
         let counts = moved(before.map(|before| &before.link), &after.link, counter);
         if counts.0 > 0 {
-            let next = format!("see what it could not send: ip -s -s link show {name}; ethtool -S {name}");
-            outcome.push(lost(counter, counts, next));
+            let looked = format!("see what it could not send: ip -s -s link show {name}; ethtool -S {name}");
+            let crowding = crowding(seen, name).filter(|_| counter == "tx_dropped");
+            outcome.push(lost(counter, counts, crowding.unwrap_or(looked)));
         }
     }
+}
+
+/// What relieves a device that the kernel gives several frames for each datagram, and all of a burst at one go.
+fn crowding(seen: &Observations, name: &InterfaceName) -> Option<String> {
+    let there = |rule: &Seen| rule.outputs.iter().filter(|output| output.interface == *name).count();
+    let rules = seen.told()?.rules.iter().filter(|rule| rule.info.datapath.as_deref() == Some("redirect"));
+    let rule = rules.max_by_key(|rule| there(rule)).filter(|rule| there(rule) > 1)?;
+    Some(format!("mcr rule set {} --datapath af-xdp", rule.info.name))
 }
 
 fn longer_queue(name: &InterfaceName) -> String {

@@ -232,7 +232,14 @@ fn what_devices_lost() {
     check(lost("link", "in0", "rx_missed_errors", 9, 9), &["note device_rx_lost"]);
     let next_of = next(lost("link", "in0", "rx_crc_errors", 0, 9), "problem device_rx_lost");
     assert!(next_of.contains("cable"), "{next_of}");
-    check(lost("link", "out0", "tx_dropped", 5, 9), &["problem device_tx_lost"]);
+    let next_of = next(lost("link", "out0", "tx_dropped", 5, 9), "problem device_tx_lost");
+    assert!(next_of.contains("ethtool -S out0"), "{next_of}");
+    let crowded = |seen: &mut Observations| {
+        lost("link", "out0", "tx_dropped", 5, 9)(seen);
+        let outputs = ["239.2.2.2:6000@out0", "239.2.2.3:6000@out0"];
+        told(seen).rules = vec![rule("cam1", "239.1.1.1:5000@in0", &outputs)];
+    };
+    assert_eq!(next(crowded, "problem device_tx_lost"), "mcr rule set cam1 --datapath af-xdp");
     check(lost("qdisc", "out0", "fq_codel drops", 9, 9), &["note device_tx_lost"]);
     check(lost("qdisc", "out0", "tbf overlimits", 5, 9), &[]);
     // What comes in is no matter of the egress interface's, nor the other way round.
