@@ -486,8 +486,8 @@ fn auto_leaves_what_a_burst_would_overflow_to_workers_and_loses_nothing() {
         capture.all().len() as u64 + lost_in_device() == 10 * COUNT
     });
     assert!(lost_in_device() > 0);
-    let status = relay.cli(&["status"]).stdout;
-    assert!(status.contains(&format!("{} that out0 was given to send", count(lost_in_device()))), "{status}");
+    let screen = relay.cli(&["status"]).stdout;
+    assert!(screen.contains(&format!("{} that out0 was given to send", count(lost_in_device()))), "{screen}");
     let diagnosis = relay.cli(&["doctor", "out0"]).stdout;
     assert!(diagnosis.contains(" set cam1 --datapath af-xdp"), "{diagnosis}");
     let stats = relay.rule("cam1");
