@@ -468,6 +468,17 @@ fn a_router_that_does_not_answer_is_the_reason_for_what_lies_behind_it() {
     wait_until_pending(&relay, "10.99.1.1 does not answer ARP on out0");
 }
 
+fn a_networks_broadcast_address_is_sent_to_by_nobody() {
+    let site = Site::default();
+    let relay = Relay::start(&site);
+    relay.cli(&["rule", "add", "cam1", "--in", INPUT, "--out", "10.78.0.255:6000@out0"]).ok();
+    site.segments[0].wait_until_joined(*GROUP.ip());
+    wait_until_pending(&relay, "10.78.0.255 is a broadcast address on out0: name a group, or each host");
+    play(&site, 100, 5_000);
+    let stats = relay.balanced("cam1", 100);
+    assert_eq!(stats.outputs[0].dropped, counts([("unreachable", 100)]));
+}
+
 /// This kernel segments for every device; one that does not shows as `EIO`, which `mcr/tests/egress.rs` provokes.
 fn a_device_that_neither_segments_nor_sums_loses_nothing() {
     let site = Site::default();
@@ -508,6 +519,7 @@ mod egress {
         what_goes_to_a_host_that_does_not_answer_is_unreachable,
         a_host_that_stops_answering_in_mid_stream_is_found_out,
         a_router_that_does_not_answer_is_the_reason_for_what_lies_behind_it,
+        a_networks_broadcast_address_is_sent_to_by_nobody,
         a_device_that_neither_segments_nor_sums_loses_nothing,
     );
 }
@@ -520,6 +532,7 @@ mod hosts {
         what_goes_to_a_host_that_does_not_answer_is_unreachable,
         a_host_that_stops_answering_in_mid_stream_is_found_out,
         a_router_that_does_not_answer_is_the_reason_for_what_lies_behind_it,
+        a_networks_broadcast_address_is_sent_to_by_nobody,
     );
 }
 

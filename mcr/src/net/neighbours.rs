@@ -36,7 +36,9 @@ pub struct Host {
 pub enum NextHop {
     /// The kernel refuses to route to it by that interface.
     NoRoute,
-    /// It needs no neighbour: the host is this one, or the address a broadcast.
+    /// The address is the broadcast of a network that the interface is in.
+    Broadcast,
+    /// It needs no neighbour: the host is this one.
     Direct,
     Neighbour(Neighbour),
 }
@@ -228,6 +230,7 @@ impl NeighbourWatch {
         let mut answers = Box::pin(self.handle.route().get(message).execute());
         let route = match answers.next().await {
             Some(Ok(route)) if route.header.kind == RouteType::Unicast => route,
+            Some(Ok(route)) if route.header.kind == RouteType::Broadcast => return Ok(NextHop::Broadcast),
             Some(Err(rtnetlink::Error::NetlinkError(_))) => return Ok(NextHop::NoRoute),
             Some(Err(error)) => return Err(error),
             _ => return Ok(NextHop::Direct),

@@ -481,7 +481,7 @@ impl State {
         match self.host(&route, &key).map(|host| self.next_hops.get(&host)) {
             None => Some(format!("{interface} looks for no neighbours (ARP is off), so {host} has none")),
             Some(Some(NextHop::Direct)) => Some(format!(
-                "{host} has no neighbour on {interface}: it is this host, a broadcast, or behind an IPv6 router"
+                "{host} has no neighbour on {interface}: it is this host, or behind an IPv6 router"
             )),
             _ => None,
         }
@@ -1184,6 +1184,10 @@ impl State {
         let (route, key) = self.way(output).map_err(|why| Withheld { why, reason: DropReason::Pending })?;
         let why = match self.host(&route, &key).and_then(|host| self.next_hops.get(&host)) {
             Some(NextHop::NoRoute) => format!("no route to {} by {}", route.destination, key.interface),
+            Some(NextHop::Broadcast) => format!(
+                "{} is a broadcast address on {}: name a group, or each host",
+                route.destination, key.interface
+            ),
             Some(NextHop::Neighbour(Neighbour { address, failed: true, .. })) => {
                 format!("{address} does not answer ARP on {}", key.interface)
             }

@@ -585,7 +585,10 @@ impl Supervisor {
     fn source(&self, output: &Output) -> Option<Ipv4Addr> {
         let source = self.address(output)?;
         let hop = self.hop(output);
-        let lost = matches!(hop, Some(NextHop::NoRoute | NextHop::Neighbour(Neighbour { failed: true, .. })));
+        let lost = matches!(
+            hop,
+            Some(NextHop::NoRoute | NextHop::Broadcast | NextHop::Neighbour(Neighbour { failed: true, .. }))
+        );
         (!lost).then_some(source)
     }
 
@@ -1050,7 +1053,9 @@ fn what_the_kernel_itself_does_not_know_of_a_host_is_said() {
     let silent = "10.0.1.9 does not answer ARP on eth1";
     check(Some(neighbour([10, 0, 1, 9], None, true)), true, false, silent);
     check(Some(NextHop::NoRoute), true, false, "no route to 10.0.1.9 by eth1");
-    let direct = "10.0.1.9 has no neighbour on eth1: it is this host, a broadcast, or behind an IPv6 router";
+    let broadcast = "10.0.1.9 is a broadcast address on eth1: name a group, or each host";
+    check(Some(NextHop::Broadcast), true, false, broadcast);
+    let direct = "10.0.1.9 has no neighbour on eth1: it is this host, or behind an IPv6 router";
     check(Some(NextHop::Direct), true, true, direct);
     check(None, false, true, "eth1 looks for no neighbours (ARP is off), so 10.0.1.9 has none");
 }
@@ -2053,7 +2058,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         3 => (0_u8..6).prop_map(|rule| Step::Remove { rule }),
         3 => (0_u8..6, 0_u8..4).prop_map(|(rule, datapath)| Step::Datapath { rule, datapath }),
         2 => vec((any::<bool>(), any::<bool>()), 4).prop_map(Step::Targets),
-        2 => vec(0_u8..6, 1..4).prop_map(Step::Hops),
+        2 => vec(0_u8..7, 1..4).prop_map(Step::Hops),
         3 => (0_u8..6, vec(0..OUTPUTS.len() as u8, 0..2), vec(0..OUTPUTS.len() as u8, 0..2))
             .prop_map(|(rule, add, delete)| Step::Amend { rule, add, delete }),
         2 => (0_u8..4).prop_map(|n| Step::Toggle { n }),
@@ -2135,6 +2140,7 @@ impl Supervisor {
                     0 => None,
                     1 => Some((host, NextHop::Direct)),
                     2 => Some((host, NextHop::NoRoute)),
+                    6 => Some((host, NextHop::Broadcast)),
                     3 => Some((host, neighbour([10, 0, 0, 254], None, true))),
                     4 => Some((host, neighbour([10, 0, 0, 254], None, false))),
                     _ => Some((host, neighbour([10, 0, 0, 254], Some([2, 0, 0, 0, 9, kind]), false))),
