@@ -252,6 +252,11 @@ impl<'a> World<'a> {
         let screen = self.relay.cli(&["rule", "show", "struck"]);
         let said = screen.ok().split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(said.contains(words), "{what}: no '{words}' in {screen}");
+        let of_rule = |line: &&str| line.contains("rule moved: ") && line.contains("rule=struck");
+        let log = self.relay.log();
+        let last = log.lines().filter(of_rule).next_back();
+        let to = format!("to={datapath}");
+        assert!(last.is_some_and(|line| line.contains(words) && line.ends_with(&to)), "{what}: {log}");
         let listed = self.relay.show_all();
         assert!(listed.iter().all(|rule| rule.health == Health::Active), "{what}: {listed:?}");
         // Neither rules nor outputs of other interfaces have anything to do with it.

@@ -127,7 +127,9 @@ pub struct Daemon {
     pub kept: Memberships,
     /// Why these would not, if they would not.
     holder_failure: Option<String>,
-    /// Programs that ours are to succeed, with what they had counted when they were taken over.
+    /// The datapath that serves each rule, or did last.
+    served: BTreeMap<RuleName, Datapath>,
+    /// Programs that ours are to succeed.
     pub formers: BTreeMap<InterfaceName, Succeeded>,
     pins: PathBuf,
     events: mpsc::UnboundedSender<Event>,
@@ -218,6 +220,7 @@ pub async fn run(
         neighbours,
         memberships: Memberships::default(),
         kept: kept.unwrap_or_default(),
+        served: BTreeMap::new(),
         formers: BTreeMap::new(),
         holder_failure: None,
         pins: namespace.pins.clone(),
@@ -691,6 +694,7 @@ impl Daemon {
             let plan = self.state.plan();
             if plan.is_empty() {
                 self.warn_of_fallbacks();
+                self.say_moves();
                 let _ = self.tend_memberships();
                 if self.devices.awaits(&self.state) {
                     self.read_devices().await;
@@ -734,6 +738,21 @@ impl Daemon {
         let by_xdp = |name: &InterfaceName| self.state.serves(name, Datapath::AfXdp);
         self.fallbacks.retain(|name| !by_xdp(name));
         self.fallbacks.extend(fallen);
+    }
+
+    /// Says which rules have come to another datapath, by themselves or by command.
+    fn say_moves(&mut self) {
+        let mut served = BTreeMap::new();
+        for entry in self.state.rules().iter() {
+            let (name, rule) = (&entry.rule.name, &entry.rule);
+            let before = self.served.get(name).copied();
+            let Some(now) = self.served_by(rule).or(before) else { continue };
+            if let Some(before) = before.filter(|before| *before != now) {
+                info!(rule = %name, from = %before, to = %now, "rule moved: {}", self.rule_why(rule, now));
+            }
+            served.insert(name.clone(), now);
+        }
+        self.served = served;
     }
 
     /// Carries out one effect.
