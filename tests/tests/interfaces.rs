@@ -26,8 +26,9 @@ const GROUP: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 1, 1, 1), 5000)
 const STRUCK: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 2, 2, 0), 6000);
 const SPARED: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(239, 2, 2, 1), 6000);
 
-/// Within which a stream is back once nothing is in its way any more.
-const SECOND: Duration = Duration::from_secs(1);
+/// Within which a stream is back once nothing is in its way any more: a fraction of a second, where the machine has no
+/// other work.
+const SOON: Duration = Duration::from_secs(5);
 
 /// Two segments and two sinks: one of each for the stream that is struck, one for the stream that is spared.
 fn two_by_two() -> Site {
@@ -181,7 +182,7 @@ impl<'a> Play<'a> {
         wait_until(&format!("{what}: the stream is back"), PATIENCE, || sink.count(STRUCK) > before);
         let took = mended.elapsed();
         println!("{what}, {:?}: back after {took:?}", self.site.ground);
-        assert!(took < SECOND, "{what}: back after {took:?} only");
+        assert!(took < SOON, "{what}: back after {took:?} only");
         sink.at_least(STRUCK, before + 500);
     }
 
@@ -526,7 +527,7 @@ impl<'a> FanOut<'a> {
         wait_until(&format!("{what}: the output is back"), PATIENCE, || sink.count(STRUCK) > before);
         let took = mended.elapsed();
         println!("{what}, {:?}: back after {took:?}", self.site.ground);
-        assert!(took < SECOND, "{what}: back after {took:?} only");
+        assert!(took < SOON, "{what}: back after {took:?} only");
         sink.at_least(STRUCK, before + 500);
         self.relay.wait_until_active("cam1");
     }
@@ -602,7 +603,7 @@ fn an_output_waits_for_an_egress_interface_that_appears_later() {
     spared.at_least(SPARED, 500);
     let mended = Instant::now();
     site.relay.ip(&["link set out0 up"]);
-    wait_until("the output is there", SECOND, || sink.count(STRUCK) > 0);
+    wait_until("the output is there", SOON, || sink.count(STRUCK) > 0);
     println!("egress appears, {:?}: there after {:?}", site.ground, mended.elapsed());
     sink.at_least(STRUCK, 500);
     let sent = source.stop();
@@ -626,7 +627,7 @@ fn an_egress_interface_that_loses_its_address_sends_from_the_next() {
     fan_out.ip(&["addr del 10.78.0.9/24 dev out0"]);
     let moved: Ipv4Addr = "10.79.0.1".parse().unwrap();
     let sink = &mut fan_out.struck;
-    wait_until("it sends from the other", SECOND, || {
+    wait_until("it sends from the other", SOON, || {
         sink.all()
             .iter()
             .rfind(|datagram| datagram.destination == STRUCK)

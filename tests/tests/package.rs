@@ -67,6 +67,24 @@ fn it_is_the_same_bytes_every_time() {
 }
 
 #[test]
+fn it_bears_the_licences_of_all_that_is_linked() {
+    let scratch = Scratch::make();
+    let notices = unpacked(&scratch).join("usr/share/doc/mcr/third-party-notices.gz");
+    let notices = ok(Command::new("zcat").arg(notices));
+    let (list, texts) = notices.split_once("\n====").expect("a list, and texts");
+    for linked in ["aya", "clap", "io-uring", "libxdp-sys", "ratatui", "tokio"] {
+        assert!(list.contains(&format!("\n  {linked} ")), "{linked} is not in {list}");
+        let names = |line: &str| line.strip_prefix("Of ")?.strip_suffix(':').map(|names| names.to_owned());
+        let has_text =
+            texts.lines().filter_map(names).any(|names| names.split(", ").any(|name| name == linked));
+        assert!(has_text, "{linked} has no text");
+    }
+    // libbpf's, which libxdp-sys brings.
+    assert!(texts.contains("GNU LESSER GENERAL PUBLIC LICENSE"));
+    assert!(!list.contains("mcr-common"));
+}
+
+#[test]
 fn it_says_what_it_needs() {
     let scratch = Scratch::make();
     let package = package(scratch.dir(), 7);
@@ -168,6 +186,7 @@ fn assert_installed(root: &Root) {
         ("/usr/share/fish/vendor_completions.d/mcr.fish", 0o100_644),
         ("/usr/share/doc/mcr/copyright", 0o100_644),
         ("/usr/share/doc/mcr/changelog.gz", 0o100_644),
+        ("/usr/share/doc/mcr/third-party-notices.gz", 0o100_644),
         ("/usr/share/doc/mcr/README.md", 0o100_644),
         ("/usr/share/doc/mcr/examples/fan-out.toml", 0o100_644),
     ] {

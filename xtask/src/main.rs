@@ -4,6 +4,7 @@ mod bench;
 mod build_ebpf;
 mod check;
 mod demo;
+mod notices;
 mod package;
 mod process;
 mod run;

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{process, run, setup};
+use crate::{notices, process, run, setup};
 
 /// Build the Debian package, in target/package
 #[derive(Debug, clap::Args)]
@@ -145,11 +145,15 @@ impl Stage {
         process::output(Command::new(binary).arg("man").arg(&man1))?;
         self.copy(&workspace.join("packaging/man"), "usr/share/man/man5")?;
         self.write("usr/share/doc/mcr/changelog.Debian", &debian_changelog(release)?)?;
+        self.write("usr/share/doc/mcr/third-party-notices", &notices::text(workspace)?)?;
         // Made here, so that dpkg knows whose it is.
         fs::create_dir_all(self.root.join("etc/mcr/rules.d"))?;
         for file in files(&self.root)? {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if file.starts_with(self.root.join("usr/share/man")) || name.starts_with("changelog") {
+            if file.starts_with(self.root.join("usr/share/man"))
+                || name.starts_with("changelog")
+                || name == "third-party-notices"
+            {
                 process::output(Command::new("gzip").arg("-9n").arg(&file))?;
             }
         }
