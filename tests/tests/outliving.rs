@@ -161,6 +161,9 @@ fn stop_keeps_what_it_is_told_to_keep_and_nothing_else() {
     let said = relay.cli(&["stop", "--keep"]);
     assert!(said.ok().ends_with("; these go on without it: cam1\n"), "{said}");
     relay.wait(PATIENCE);
+    let stopped = relay.cli(&["stop"]);
+    let hint = "mcr: what comes in on in0 is relayed on without a daemon: `mcr run` takes it over, and `mcr stop` ends it then\n";
+    assert!(stopped.status == 3 && stopped.stderr.starts_with(hint), "{stopped}");
     let mic = captures[2].count("239.2.2.4:6000".parse().unwrap());
     site.segments[0].wait_until_left(*OTHER.ip());
     source.wait_for_more(2_000);
@@ -176,6 +179,8 @@ fn stop_keeps_what_it_is_told_to_keep_and_nothing_else() {
     relay.signal(Signal::SIGTERM);
     relay.wait(PATIENCE);
     all_is_gone(&site, &pins);
+    let stopped = relay.cli(&["stop"]);
+    assert!(stopped.status == 3 && stopped.stderr.starts_with("mcr: no daemon on "), "{stopped}");
 }
 
 /// Writes the file of rules.

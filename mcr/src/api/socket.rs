@@ -104,7 +104,7 @@ impl ControlLock {
 
     /// Where what is to outlive the daemon is written down.
     pub fn journal(&self) -> PathBuf {
-        beside(&self.socket, ".journal")
+        journal(&self.socket)
     }
 
     /// Makes the lock an account's, and mcr's own directory with it: the account is to put its socket there.
@@ -140,6 +140,11 @@ impl Drop for ControlLock {
 }
 
 /// The path of a file of ours that stands beside the socket.
+/// As [`Lock::journal`], of a daemon that may be gone.
+pub fn journal(socket: &Path) -> PathBuf {
+    beside(socket, ".journal")
+}
+
 fn beside(socket: &Path, what: &str) -> PathBuf {
     let mut name = socket.file_name().unwrap_or_default().to_owned();
     name.push(what);

@@ -11,7 +11,13 @@ use std::{
 use anyhow::bail;
 
 use super::remote::Remote;
-use crate::api::wire::{Request, Stop, Stopping};
+use crate::{
+    api::{
+        socket,
+        wire::{Request, Stop, Stopping},
+    },
+    supervisor::journal,
+};
 
 /// How long a daemon may take to end.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -28,7 +34,7 @@ pub struct Args {
 
 impl Args {
     pub fn run(self) -> anyhow::Result<()> {
-        let mut client = self.remote.connect()?;
+        let mut client = self.remote.connect().inspect_err(|_| hint(self.remote.control()))?;
         let daemon = Daemon { socket: identity(self.remote.control()), pid: client.daemon_pid() };
         let stopping: Stopping = client.call(&Request::Stop(Stop { keep: self.keep }))?;
         let deadline = Instant::now() + DEADLINE;
@@ -50,6 +56,17 @@ impl Args {
             };
             format!("stopped (pid {}){kept}\n", stopping.pid)
         })
+    }
+}
+
+/// Without a daemon there may be what one left.
+fn hint(control: &Path) {
+    let running = journal::left_running(&socket::journal(control));
+    if !running.is_empty() {
+        eprintln!(
+            "mcr: what comes in on {} is relayed on without a daemon: `mcr run` takes it over, and `mcr stop` ends it then",
+            running.join(", ")
+        );
     }
 }
 

@@ -408,6 +408,7 @@ impl Daemon {
             source_port: self.settings.source_port.is_none().then_some(self.source_port),
             rules: by_command.chain(parked).collect(),
             confirmed: self.configuration.stray.then(|| self.configuration.confirmed.clone()),
+            pins: Some(self.pins.clone()),
             offsets,
         };
         self.journal_is_old = false;

@@ -24,6 +24,9 @@ pub struct Memory {
     /// The files as they were confirmed last, while those on the disk hold a load that nobody confirmed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confirmed: Option<Vec<Source>>,
+    /// Where the daemon pins what it has in the kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pins: Option<PathBuf>,
     /// What of the counters in the kernel is each rule's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub offsets: Vec<Offsets>,
@@ -92,6 +95,16 @@ impl Journal {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// The interfaces on which rules of a daemon that is gone go on by what it left pinned, as far as that can be seen from here.
+pub fn left_running(journal: &Path) -> Vec<String> {
+    let pins = read(journal, &boot_id()).ok().flatten().and_then(|memory| memory.pins);
+    let places = pins.and_then(|pins| fs::read_dir(pins).ok()).into_iter().flatten().flatten();
+    let running = places.filter(|place| place.path().join("link").exists());
+    let mut names: Vec<_> = running.map(|place| place.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
 }
 
 /// Whether a file beside the socket can be what a daemon left.

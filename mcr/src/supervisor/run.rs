@@ -131,7 +131,7 @@ pub struct Daemon {
     served: BTreeMap<RuleName, Datapath>,
     /// Programs that ours are to succeed.
     pub formers: BTreeMap<InterfaceName, Succeeded>,
-    pins: PathBuf,
+    pub pins: PathBuf,
     events: mpsc::UnboundedSender<Event>,
     ends: mpsc::UnboundedSender<End>,
     /// Wakes the loop up to end.
