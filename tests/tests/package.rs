@@ -74,7 +74,7 @@ fn it_bears_the_licences_of_all_that_is_linked() {
     let (list, texts) = notices.split_once("\n====").expect("a list, and texts");
     for linked in ["aya", "clap", "io-uring", "libxdp-sys", "ratatui", "tokio"] {
         assert!(list.contains(&format!("\n  {linked} ")), "{linked} is not in {list}");
-        let names = |line: &str| line.strip_prefix("Of ")?.strip_suffix(':').map(|names| names.to_owned());
+        let names = |line: &str| line.strip_prefix("Of ")?.strip_suffix(':').map(str::to_owned);
         let has_text =
             texts.lines().filter_map(names).any(|names| names.split(", ").any(|name| name == linked));
         assert!(has_text, "{linked} has no text");

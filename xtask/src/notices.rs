@@ -2,7 +2,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env, fs,
+    env,
+    fmt::Write as _,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -31,12 +33,12 @@ pub fn text(workspace: &Path) -> Result<String> {
         for text in texts {
             of.entry(text).or_default().insert(name.clone());
         }
-        list += &format!("  {name} {version}: {license}\n");
+        writeln!(list, "  {name} {version}: {license}")?;
     }
     let mut notices = format!("mcr is built with what others made:\n\n{list}");
     for (text, crates) in of {
         let crates = crates.into_iter().collect::<Vec<_>>().join(", ");
-        notices += &format!("\n{}\nOf {crates}:\n\n{}\n", "=".repeat(80), text.trim_end());
+        writeln!(notices, "\n{}\nOf {crates}:\n\n{}", "=".repeat(80), text.trim_end())?;
     }
     Ok(notices)
 }

@@ -454,8 +454,11 @@ impl Books {
     }
 
     /// The kernel serves a rule from now on.
-    pub fn redirects(&mut self, slot: RuleSlot) {
+    pub fn redirects(&mut self, slot: RuleSlot, program: Option<&Steering>) {
         self.redirected.begin(slot);
+        if let Some(counted) = program.and_then(|program| program.rule(slot).ok()) {
+            self.redirected.knows(slot, counted);
+        }
     }
 
     /// Looks up what the kernel sent on by itself.

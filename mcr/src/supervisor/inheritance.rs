@@ -14,9 +14,11 @@ use super::{
     books::{Counted, Offsets},
     event::{Event, Inheritance},
     host::Namespace,
+    journal::Memory,
     run::{Daemon, follow_log, one_line},
 };
 use crate::{
+    config::Config,
     ebpf::{self, Adopted, Carried, Former, Steering, Unfit},
     net::links::LinkWatch,
     rule::{InterfaceName, RuleSlot},
@@ -35,10 +37,28 @@ pub struct Succeeded {
 }
 
 impl Daemon {
-    /// Takes over what was left, or clears it away; before there are rules. `offsets` are those of the daemon before. Gives
-    /// the places of the pins, in which former ones are to be [cleared](ebpf::clear_former) when this daemon's own offsets are
-    /// written down.
-    pub async fn inherit(
+    /// Takes over what was left and was remembered, and the rules of the files; then these are what is remembered.
+    pub async fn begin(
+        &mut self,
+        namespace: &Namespace,
+        links: &LinkWatch,
+        config: Config,
+        memory: Memory,
+    ) -> anyhow::Result<()> {
+        let places = self.inherit(namespace, links, memory.offsets).await;
+        self.load_first(config, memory.confirmed)?;
+        self.recall(memory.rules);
+        self.books.end_inheritance();
+        self.remember();
+        for place in &places {
+            ebpf::clear_former(place);
+        }
+        Ok(())
+    }
+
+    /// Takes over what was left, or clears it away; before there are rules. Gives the places of the pins, in which former
+    /// ones stay until this daemon's own offsets are written down.
+    async fn inherit(
         &mut self,
         namespace: &Namespace,
         links: &LinkWatch,

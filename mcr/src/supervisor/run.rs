@@ -233,14 +233,7 @@ pub async fn run(
     // Nothing that was left is touched unless this daemon can start.
     RuleSet::new(daemon.settings.max_rules).reload(config.rules.clone())?;
     daemon.state.apply(Event::Links(first));
-    let places = daemon.inherit(&namespace, &links, memory.offsets).await;
-    daemon.load_first(config, memory.confirmed)?;
-    daemon.recall(memory.rules);
-    daemon.books.end_inheritance();
-    daemon.remember();
-    for place in &places {
-        ebpf::clear_former(place);
-    }
+    daemon.begin(&namespace, &links, config, memory).await?;
     info!(
         version = env!("CARGO_PKG_VERSION"),
         control = %daemon.settings.control.display(),
@@ -800,7 +793,7 @@ impl Daemon {
             Effect::SetOutputs { interface, rules } => {
                 self.journal_is_old = true;
                 for (slot, _) in rules {
-                    self.books.redirects(*slot);
+                    self.books.redirects(*slot, self.programs.get(interface));
                 }
                 self.set_outputs(interface, rules)
             }

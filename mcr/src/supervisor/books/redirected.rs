@@ -121,6 +121,11 @@ impl Redirected {
         self.rules.insert(slot);
     }
 
+    /// What a slot had counted before its rule goes on, unless that has been looked up.
+    pub fn knows(&mut self, slot: RuleSlot, counted: RuleCounters) {
+        self.counted.entry(slot).or_insert(counted);
+    }
+
     pub fn output(&self, slot: OutputSlot) -> OfOutput {
         self.outputs.get(&slot).copied().unwrap_or_default()
     }
