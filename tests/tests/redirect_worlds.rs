@@ -254,7 +254,7 @@ impl<'a> World<'a> {
         assert!(said.contains(words), "{what}: no '{words}' in {screen}");
         let of_rule = |line: &&str| line.contains("rule moved: ") && line.contains("rule=struck");
         let log = self.relay.log();
-        let last = log.lines().filter(of_rule).next_back();
+        let last = log.lines().rfind(of_rule);
         let to = format!("to={datapath}");
         assert!(last.is_some_and(|line| line.contains(words) && line.ends_with(&to)), "{what}: {log}");
         let listed = self.relay.show_all();
