@@ -95,7 +95,7 @@ fn what_the_kernel_cannot_do_by_itself_is_refused_by_name() {
     gro(&site, "out1", "off");
     for (output, why) in [
         ("10.78.0.1:6000@out0", "10.78.0.1 has no neighbour on out0: it is this host"),
-        ("10.78.0.255:6000@out0", "10.78.0.255 has no neighbour on out0"),
+        ("10.78.0.255:6000@out0", "10.78.0.255 is a broadcast address on out0"),
         ("239.2.2.2:6000@out0,loop=true", "loop=true"),
         ("239.2.2.2:6000@out1", "out1 (veth) takes no redirected frames"),
     ] {

@@ -483,7 +483,9 @@ fn auto_leaves_what_a_burst_would_overflow_to_workers_and_loses_nothing() {
     relay.remove("cam1");
 
     // By name it is taken, and what that costs is said.
-    relay.add_with("cam1", "239.1.1.1:5000@in0", &outputs, &["--datapath", "redirect"]);
+    let rule = relay.add_with("cam1", "239.1.1.1:5000@in0", &outputs, &["--datapath", "redirect"]);
+    let why = format!("asked for by name, which auto would not: {why}");
+    assert!(rule.datapath_why.starts_with(&why), "{rule:?}");
     site.segments[0].wait_until_joined(*GROUP.ip());
     let mut capture = site.capture(0);
     play();

@@ -19,7 +19,7 @@ pub fn choose(asked: DatapathChoice, xdp: bool, redirect: impl FnOnce() -> bool)
 
 /// Why a datapath is in use, and what of the traffic the host itself still sees.
 ///
-/// `no_faster` is why it is not the one that `auto` would rather take, if that is known.
+/// `no_faster` is why it is not the one that `auto` would rather take, or why `auto` would not take it, if that is known.
 pub fn explain(datapath: Datapath, asked: DatapathChoice, generic: bool, no_faster: Option<&str>) -> String {
     let why = match (datapath, asked.0) {
         (Datapath::AfXdp, Some(_)) if generic => "asked for by name, with --generic-xdp",
@@ -31,6 +31,7 @@ pub fn explain(datapath: Datapath, asked: DatapathChoice, generic: bool, no_fast
     };
     let why = match (datapath, asked.0, no_faster) {
         (Datapath::AfXdp, None, Some(no_faster)) => format!("{why}, not redirect: {no_faster}"),
+        (Datapath::Redirect, Some(_), Some(objection)) => format!("{why}, which auto would not: {objection}"),
         _ => why.to_owned(),
     };
     let sees = match datapath {

@@ -107,7 +107,9 @@ impl Daemon {
     ) -> String {
         let generic = self.programs.get(interface).is_some_and(Steering::is_generic);
         let no_faster = match datapath {
-            Datapath::AfXdp => rule.and_then(|rule| self.state.auto_redirect_objection(rule)),
+            Datapath::AfXdp | Datapath::Redirect => {
+                rule.and_then(|rule| self.state.auto_redirect_objection(rule))
+            }
             _ => self.state.no_xdp(interface),
         };
         datapath::explain(datapath, asked, generic, no_faster.as_deref())

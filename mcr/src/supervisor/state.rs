@@ -193,6 +193,10 @@ pub struct State {
     keeps: bool,
 }
 
+fn is_broadcast(address: Ipv4Addr, interface: &InterfaceName) -> String {
+    format!("{address} is a broadcast address on {interface}: name a group, or each host")
+}
+
 fn cannot_redirect(why: &str) -> String {
     format!("the kernel cannot send it on by itself: {why}")
 }
@@ -434,7 +438,7 @@ impl State {
             (there && frames > queue).then(|| {
                 format!(
                     "a burst of {} datagrams would be {frames} frames by its {outputs} outputs on {interface}, whose queue takes \
-                     {queue} (--datapath redirect risks it)",
+                     {queue}",
                     datapath::redirect::BURST
                 )
             })
@@ -480,6 +484,7 @@ impl State {
         let (host, interface) = (route.destination, &key.interface);
         match self.host(&route, &key).map(|host| self.next_hops.get(&host)) {
             None => Some(format!("{interface} looks for no neighbours (ARP is off), so {host} has none")),
+            Some(Some(NextHop::Broadcast)) => Some(is_broadcast(host, interface)),
             Some(Some(NextHop::Direct)) => Some(format!(
                 "{host} has no neighbour on {interface}: it is this host, or behind an IPv6 router"
             )),
@@ -1184,10 +1189,7 @@ impl State {
         let (route, key) = self.way(output).map_err(|why| Withheld { why, reason: DropReason::Pending })?;
         let why = match self.host(&route, &key).and_then(|host| self.next_hops.get(&host)) {
             Some(NextHop::NoRoute) => format!("no route to {} by {}", route.destination, key.interface),
-            Some(NextHop::Broadcast) => format!(
-                "{} is a broadcast address on {}: name a group, or each host",
-                route.destination, key.interface
-            ),
+            Some(NextHop::Broadcast) => is_broadcast(route.destination, &key.interface),
             Some(NextHop::Neighbour(Neighbour { address, failed: true, .. })) => {
                 format!("{address} does not answer ARP on {}", key.interface)
             }

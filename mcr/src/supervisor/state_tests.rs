@@ -1054,7 +1054,7 @@ fn what_the_kernel_itself_does_not_know_of_a_host_is_said() {
     check(Some(neighbour([10, 0, 1, 9], None, true)), true, false, silent);
     check(Some(NextHop::NoRoute), true, false, "no route to 10.0.1.9 by eth1");
     let broadcast = "10.0.1.9 is a broadcast address on eth1: name a group, or each host";
-    check(Some(NextHop::Broadcast), true, false, broadcast);
+    check(Some(NextHop::Broadcast), true, true, broadcast);
     let direct = "10.0.1.9 has no neighbour on eth1: it is this host, or behind an IPv6 router";
     check(Some(NextHop::Direct), true, true, direct);
     check(None, false, true, "eth1 looks for no neighbours (ARP is off), so 10.0.1.9 has none");
