@@ -110,7 +110,7 @@ impl Daemon {
             Datapath::AfXdp | Datapath::Redirect => {
                 rule.and_then(|rule| self.state.auto_redirect_objection(rule))
             }
-            _ => self.state.no_xdp(interface),
+            Datapath::AfPacket => self.state.no_xdp(interface),
         };
         datapath::explain(datapath, asked, generic, no_faster.as_deref())
     }
