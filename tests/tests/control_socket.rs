@@ -109,7 +109,7 @@ fn bad_clients_disturb_no_one() {
         for _ in 0..20 {
             let start = Instant::now();
             relay.cli(&["ping"]).ok();
-            assert!(start.elapsed() < Duration::from_secs(5), "ping took {:?}", start.elapsed());
+            assert!(start.elapsed() < Duration::from_secs(1), "ping took {:?}", start.elapsed());
         }
         relay.add("more", "239.1.1.7:5000@in0", &["239.2.2.7:6000@out1"]);
         relay.remove("more");

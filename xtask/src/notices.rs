@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env,
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
@@ -20,11 +19,11 @@ const NAMES: [&str; 6] = ["license", "licence", "copying", "copyright", "notice"
 const DEPTH: usize = 4;
 
 /// All of them, for a file. The same for the same `Cargo.lock`.
-pub fn text(workspace: &Path) -> Result<String> {
-    let folders = folders(workspace)?;
+pub fn text() -> Result<String> {
+    let folders = folders()?;
     let mut of: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut list = String::new();
-    for (name, version, license) in linked(workspace)? {
+    for (name, version, license) in linked()? {
         let folder =
             folders.get(&(name.clone(), version.clone())).context("a crate that cargo does not know")?;
         let mut texts = Vec::new();
@@ -44,8 +43,8 @@ pub fn text(workspace: &Path) -> Result<String> {
 }
 
 /// Name, version and licence of the crates of others in the binary, and of what generates their code.
-fn linked(workspace: &Path) -> Result<BTreeSet<(String, String, String)>> {
-    let mut tree = cargo(workspace);
+fn linked() -> Result<BTreeSet<(String, String, String)>> {
+    let mut tree = process::cargo()?;
     tree.args(["tree", "--locked", "--package", "mcr", "--edges", "normal", "--prefix", "none"]);
     let lines = process::output(tree.args(["--format", "{p}|{l}"]))?;
     let read = |line: &str| {
@@ -60,10 +59,10 @@ fn linked(workspace: &Path) -> Result<BTreeSet<(String, String, String)>> {
 }
 
 /// Where cargo has each crate.
-fn folders(workspace: &Path) -> Result<BTreeMap<(String, String), PathBuf>> {
+fn folders() -> Result<BTreeMap<(String, String), PathBuf>> {
     let version = process::output(Command::new("rustc").arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
-    let mut metadata = cargo(workspace);
+    let mut metadata = process::cargo()?;
     // What other platforms would need is not fetched.
     metadata.args(["metadata", "--locked", "--format-version", "1", "--filter-platform", host]);
     let metadata = process::output(&mut metadata)?;
@@ -74,12 +73,6 @@ fn folders(workspace: &Path) -> Result<BTreeMap<(String, String), PathBuf>> {
     };
     let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
     Ok(packages.iter().filter_map(read).collect())
-}
-
-fn cargo(workspace: &Path) -> Command {
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace);
-    cargo
 }
 
 /// The texts in a folder, in the order of their files' names.

@@ -145,7 +145,7 @@ impl Stage {
         process::output(Command::new(binary).arg("man").arg(&man1))?;
         self.copy(&workspace.join("packaging/man"), "usr/share/man/man5")?;
         self.write("usr/share/doc/mcr/changelog.Debian", &debian_changelog(release)?)?;
-        self.write("usr/share/doc/mcr/third-party-notices", &notices::text(workspace)?)?;
+        self.write("usr/share/doc/mcr/third-party-notices", &notices::text()?)?;
         // Made here, so that dpkg knows whose it is.
         fs::create_dir_all(self.root.join("etc/mcr/rules.d"))?;
         for file in files(&self.root)? {

@@ -139,12 +139,12 @@ impl Drop for ControlLock {
     }
 }
 
-/// The path of a file of ours that stands beside the socket.
-/// As [`Lock::journal`], of a daemon that may be gone.
+/// As [`ControlLock::journal`], of a daemon that may be gone.
 pub fn journal(socket: &Path) -> PathBuf {
     beside(socket, ".journal")
 }
 
+/// The path of a file of ours that stands beside the socket.
 fn beside(socket: &Path, what: &str) -> PathBuf {
     let mut name = socket.file_name().unwrap_or_default().to_owned();
     name.push(what);

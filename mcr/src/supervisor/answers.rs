@@ -169,10 +169,11 @@ impl Daemon {
 
     /// What egress interfaces did not send of what they were given.
     fn devices_that_lost(&self) -> BTreeMap<String, u64> {
-        let devices = self.device_list(|lost| lost > 0).into_iter();
-        let lost = devices.map(|device| {
-            let sent = device.link.iter().filter(|(counter, _)| counter.starts_with("tx_"));
-            (device.name, sent.map(|(_, count)| *count).sum())
+        let lost = self.devices.iter().map(|(name, lost)| {
+            let sent = lost
+                .iter()
+                .filter(|((level, counter), _)| matches!(level, Level::Link) && counter.starts_with("tx_"));
+            (name.to_string(), sent.map(|(_, count)| *count).sum())
         });
         lost.filter(|(_, lost)| *lost > 0).collect()
     }
