@@ -23,7 +23,9 @@ use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
 use thiserror::Error;
 
 pub use self::{
-    pinned::{Adopted, Carried, CarriedOutput, Former, Misfit, Unfit, clear_former, identity_of, settle},
+    pinned::{
+        Adopted, Carried, CarriedOutput, Former, Misfit, Unfit, clear_former, identity_of, linked, settle,
+    },
     redirect::{RedirectOutput, RedirectTotals, Sets},
     steering::{Placement, Steering},
 };

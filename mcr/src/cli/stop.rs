@@ -13,9 +13,11 @@ use anyhow::bail;
 use super::remote::Remote;
 use crate::{
     api::{
+        client::ClientError,
         socket,
         wire::{Request, Stop, Stopping},
     },
+    ebpf,
     supervisor::journal,
 };
 
@@ -34,7 +36,11 @@ pub struct Args {
 
 impl Args {
     pub fn run(self) -> anyhow::Result<()> {
-        let mut client = self.remote.connect().inspect_err(|_| hint(self.remote.control()))?;
+        let mut client = self.remote.connect().inspect_err(|error| {
+            if matches!(error, ClientError::NoDaemon { .. }) {
+                hint(self.remote.control());
+            }
+        })?;
         let daemon = Daemon { socket: identity(self.remote.control()), pid: client.daemon_pid() };
         let stopping: Stopping = client.call(&Request::Stop(Stop { keep: self.keep }))?;
         let deadline = Instant::now() + DEADLINE;
@@ -61,11 +67,13 @@ impl Args {
 
 /// Without a daemon there may be what one left.
 fn hint(control: &Path) {
-    let running = journal::left_running(&socket::journal(control));
-    if !running.is_empty() {
+    let Some(pins) = journal::pins_left(&socket::journal(control)) else { return };
+    let places = ebpf::linked(&pins);
+    let names: Vec<_> = places.iter().filter_map(|place| place.file_name()?.to_str()).collect();
+    if !names.is_empty() {
         eprintln!(
             "mcr: what comes in on {} is relayed on without a daemon: `mcr run` takes it over, and `mcr stop` ends it then",
-            running.join(", ")
+            names.join(", ")
         );
     }
 }

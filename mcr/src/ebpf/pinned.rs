@@ -92,6 +92,19 @@ pub(super) fn beside(pins: &Path, suffix: &str) -> PathBuf {
     pins.with_file_name(name)
 }
 
+/// Where a directory of pins is, or is to be.
+fn place_of(pins: &Path) -> PathBuf {
+    let of =
+        |name: &str| [NEXT, FORMER].iter().find_map(|suffix| name.strip_suffix(suffix)).map(PathBuf::from);
+    pins.to_str().and_then(of).unwrap_or(pins.to_owned())
+}
+
+/// The places below a directory that have a pinned link, without which nothing runs on.
+pub fn linked(pins: &Path) -> BTreeSet<PathBuf> {
+    let directories = fs::read_dir(pins).into_iter().flatten().flatten().map(|entry| entry.path());
+    directories.filter(|pins| pins.join(LINK).exists()).map(|pins| place_of(&pins)).collect()
+}
+
 /// Puts the pins of what runs now in the place of the former ones, which stay beside until [`clear_former`].
 pub(super) fn put_in_place(next: &Path, place: &Path) -> io::Result<()> {
     let former = beside(place, FORMER);
@@ -110,11 +123,7 @@ pub fn clear_former(place: &Path) {
 /// Brings to its end what a daemon did not live to end, who replaced a program: of two sets of pins stays the one whose
 /// program runs. Gives the places in which there are pins then, out of all directories of pins.
 pub fn settle(directories: &[PathBuf]) -> BTreeSet<PathBuf> {
-    let place = |pins: &PathBuf| {
-        let name = pins.to_str()?;
-        [NEXT, FORMER].iter().find_map(|suffix| name.strip_suffix(suffix)).map(PathBuf::from)
-    };
-    let places: BTreeSet<_> = directories.iter().map(|pins| place(pins).unwrap_or(pins.clone())).collect();
+    let places: BTreeSet<_> = directories.iter().map(|pins| place_of(pins)).collect();
     for place in &places {
         let (next, former) = (beside(place, NEXT), beside(place, FORMER));
         if runs(&next, PROGRAM)

@@ -97,14 +97,9 @@ impl Journal {
     }
 }
 
-/// The interfaces on which rules of a daemon that is gone go on by what it left pinned, as far as that can be seen from here.
-pub fn left_running(journal: &Path) -> Vec<String> {
-    let pins = read(journal, &boot_id()).ok().flatten().and_then(|memory| memory.pins);
-    let places = pins.and_then(|pins| fs::read_dir(pins).ok()).into_iter().flatten().flatten();
-    let running = places.filter(|place| place.path().join("link").exists());
-    let mut names: Vec<_> = running.map(|place| place.file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
-    names
+/// Where a daemon that is gone has its pins, as far as that can be read from here.
+pub fn pins_left(journal: &Path) -> Option<PathBuf> {
+    read(journal, &boot_id()).ok().flatten()?.pins
 }
 
 /// Whether a file beside the socket can be what a daemon left.
